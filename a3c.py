@@ -1,0 +1,383 @@
+"""A3C, asynchronous advantage actor-critic (Mnih et al. 2016, Asynchronous Methods for Deep Reinforcement Learning, algorithm S3).
+
+Several workers, each with an environment and parameters theta' of its own, update one global network theta without waiting
+for each other:  python a3c.py --num-workers 8
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from gymnasium import spaces
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from common.evaluation import evaluate
+from common.inputs import (
+    InputError,
+    check_at_least,
+    check_env,
+    check_fraction,
+    check_positive,
+    checkpoint_of,
+    command_line,
+    make_env,
+)
+from common.run import Run
+from common.seeding import seed_everything
+from common.workers import choose_backend, train
+
+
+@dataclass
+class Args:
+    env_id: str = "CartPole-v1"
+    """environment: any id that gymnasium.make takes, `module:Env-v0` included"""
+    seed: int = 1
+    """seed of everything random; with one worker it repeats a run exactly"""
+    total_timesteps: int = 200_000
+    """T_max: environment steps of all workers together"""
+    num_workers: int = 8
+    """workers, each with an environment of its own"""
+    backend: Literal["auto", "thread", "process"] = "auto"
+    """what a worker is; auto: threads for one worker or where Python has no GIL, processes otherwise"""
+    t_max: int = 20
+    """steps of a worker between two updates, fewer at the end of an episode"""
+    learning_rate: float = 1e-3
+    """eta at the beginning"""
+    anneal_lr: bool = True
+    """lower the learning rate linearly to zero over the total timesteps"""
+    gamma: float = 0.99
+    """discount factor"""
+    ent_coef: float = 0.01
+    """beta: weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """weight of the squared value error"""
+    max_grad_norm: float = 40.0
+    """gradients longer than this are shortened to it"""
+    rmsprop_alpha: float = 0.99
+    """decay of RMSProp's mean of squared gradients"""
+    rmsprop_eps: float = 1e-5
+    """RMSProp's epsilon, inside of the root"""
+    log_interval: int = 5_000
+    """steps between two rows of metrics.csv; the checkpoint is renewed as often"""
+    log_dir: str = "runs"
+    """where run folders go"""
+    eval_episodes: int = 20
+    """greedy episodes after training, on a fresh environment; 0: none"""
+    capture_video: bool = False
+    """film the greedy policy of the evaluation into the run's videos/"""
+    evaluate: str | None = None
+    """a run's folder: do not train, evaluate its checkpoint"""
+    resume: str | None = None
+    """a run's folder: go on from its checkpoint, in the same folder, to the total timesteps"""
+
+
+# ---------------------------------------------------------------------------------------------------- the networks
+
+
+def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
+    """Two hidden layers of 64 tanh units; orthogonal weights, those of the last layer scaled by `gain`."""
+    layers = [nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
+    for layer, layer_gain in zip(layers[::2], (math.sqrt(2), math.sqrt(2), gain), strict=True):
+        nn.init.orthogonal_(layer.weight, layer_gain)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
+
+
+class ActorCritic(nn.Module):
+    """The policy pi(a|s; theta) and the value function V(s; theta_v).
+
+    A Discrete policy is a softmax. A Box policy is a Gaussian whose mean and variance (softplus) are the network's outputs,
+    in units in which finite bounds lie at -1 and 1; what it draws is clipped to the bounds.
+
+    `theta` holds the parameters of both networks in one vector of which every parameter is a view: writing to it changes
+    the networks, whole and in one operation.
+    """
+
+    def __init__(self, observation_size: int, action_space: spaces.Space):
+        super().__init__()
+        self.space, self.discrete = action_space, isinstance(action_space, spaces.Discrete)
+        outputs = int(action_space.n) if self.discrete else 2 * math.prod(action_space.shape)
+        self.actor, self.critic = mlp(observation_size, outputs, gain=0.01), mlp(observation_size, 1, gain=1.0)
+        self.theta = parameters_to_vector(self.parameters()).detach()
+        vector_to_parameters(self.theta, self.parameters())
+        # The actor once more, as numpy views of the same memory: for one observation this takes a sixth of torch's time.
+        self.layers = [
+            (m.weight.detach().numpy(), m.bias.detach().numpy()) for m in self.actor if isinstance(m, nn.Linear)
+        ]
+        if not self.discrete:
+            low, high = action_space.low.astype(np.float64), action_space.high.astype(np.float64)
+            bounded = np.isfinite(low) & np.isfinite(high)
+            self.center, self.scale = np.where(bounded, [(low + high) / 2, (high - low) / 2], [[0.0], [1.0]])
+
+    def act(self, observation: np.ndarray, rng: np.random.Generator | None = None):
+        """Draw a ~ pi(a|s; theta) for one observation, shape (observation_size,); without `rng` take the likeliest.
+
+        Returns the action as `log_prob_and_entropy` takes it: an index, or the Gaussian's draw, shape (action_size,).
+        """
+        x = observation
+        for weight, bias in self.layers[:-1]:
+            x = np.tanh(weight @ x + bias)
+        weight, bias = self.layers[-1]
+        x = weight @ x + bias
+        if self.discrete:  # the Gumbel-max trick: minus the logarithm of an exponential variable is Gumbel's
+            return int((x if rng is None else x - np.log(rng.standard_exponential(len(x)))).argmax())
+        mean, raw_variance = np.split(x, 2)
+        return mean if rng is None else mean + np.sqrt(np.logaddexp(0, raw_variance)) * rng.standard_normal(len(mean))
+
+    def to_env(self, action):
+        """The environment's action for one that `act` returned."""
+        if self.discrete:
+            return int(self.space.start) + action
+        action = self.center + self.scale * action.reshape(self.space.shape)
+        return np.clip(action.astype(self.space.dtype), self.space.low, self.space.high)
+
+    def log_prob_and_entropy(
+        self, observations: torch.Tensor, actions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """log pi(a|s; theta) and the entropy H[pi(.|s; theta)], both of shape (n,).
+
+        `observations` has shape (n, observation_size); `actions` (n,) int64 or (n, action_size).
+        """
+        outputs = self.actor(observations)
+        if self.discrete:
+            log_probs = F.log_softmax(outputs, dim=-1)
+            log_prob = log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+            return log_prob, -(log_probs.exp() * log_probs).sum(-1)
+        mean, raw_variance = outputs.chunk(2, dim=-1)
+        variance = F.softplus(raw_variance)
+        log_scale = 0.5 * torch.log(2 * math.pi * variance)
+        return -(0.5 * (actions - mean).square() / variance + log_scale).sum(-1), (0.5 + log_scale).sum(-1)
+
+
+# --------------------------------------------------------------------------------------------------- the algorithm
+
+
+def n_step_returns(rewards: list[float], bootstrap: float, gamma: float) -> torch.Tensor:
+    """The return R of every step of a segment, from its last step back to its first (algorithm S3).
+
+    Args:
+        rewards: r_i for i in t_start, ..., t - 1.
+        bootstrap: R to begin with, 0 for a terminal s_t, V(s_t) otherwise.
+        gamma: discount factor.
+
+    Returns:
+        Shape (n,), float32.
+    """
+    returns, R = [], bootstrap
+    for reward in reversed(rewards):  # for i in {t - 1, ..., t_start}
+        R = reward + gamma * R  # R <- r_i + gamma R
+        returns.append(R)
+    return torch.tensor(returns[::-1], dtype=torch.float32)
+
+
+def a3c_loss(model: ActorCritic, observations, actions, rewards: list[float], terminated: bool, args: Args):
+    """The loss of one segment, whose gradient is the sum over its steps that the lecture accumulates.
+
+    Args:
+        model: theta' and theta'_v.
+        observations: s_{t_start}, ..., s_t, shape (n + 1, observation_size); the last is the real last one, also at a time limit.
+        actions: a_{t_start}, ..., a_{t - 1}, as `ActorCritic.act` returns them, shape (n,) or (n, action_size).
+        rewards: n of them.
+        terminated: whether s_t is terminal; a time limit is not.
+        args: gamma, ent_coef, vf_coef.
+
+    Returns:
+        The loss, a scalar tensor, and its components by name, as means over the steps.
+    """
+    n = len(rewards)
+    values = model.critic(observations).squeeze(-1)
+    # R = 0 for terminal s_t, V(s_t; theta'_v) for non-terminal s_t
+    returns = n_step_returns(rewards, 0.0 if terminated else values[-1].item(), args.gamma)
+    log_prob, entropy = model.log_prob_and_entropy(observations[:-1], actions)
+    assert values.shape == (n + 1,) and returns.shape == log_prob.shape == entropy.shape == (n,)
+    advantages = returns - values[:-1]
+    # d theta <- d theta + grad log pi(a_i|s_i; theta') (R - V(s_i; theta'_v)), R - V a constant; minus, as a loss is minimised
+    policy_loss = -(log_prob * advantages.detach()).sum()
+    # d theta_v <- d theta_v + d (R - V(s_i; theta'_v))^2 / d theta'_v
+    value_loss = advantages.square().sum()
+    # L_actor = -(R - V(s)) log pi(a|s) - beta H[pi(a|s)]
+    loss = policy_loss - args.ent_coef * entropy.sum() + args.vf_coef * value_loss
+    sums = torch.stack([policy_loss, value_loss, entropy.sum(), values[:-1].sum()]).tolist()
+    return loss, dict(zip(("policy_loss", "value_loss", "entropy", "value"), (s / n for s in sums), strict=True))
+
+
+class SharedRMSProp:
+    """RMSProp whose statistics g are shared, as theta is, by all workers (Mnih et al. 2016, section 4):
+
+        g <- alpha g + (1 - alpha) d^2          theta <- theta - eta d / sqrt(g + epsilon)
+
+    `step` takes no lock: workers that update at the same time may overwrite a part of each other's step, not more.
+    """
+
+    def __init__(self, theta: torch.Tensor, alpha: float, eps: float):
+        self.theta, self.alpha, self.eps = theta.share_memory_(), alpha, eps
+        self.g = torch.zeros_like(theta).share_memory_()
+
+    def step(self, d_theta: torch.Tensor, learning_rate: float) -> None:
+        """Update theta in place by the gradient `d_theta`, shape as theta."""
+        self.g.mul_(self.alpha).addcmul_(d_theta, d_theta, value=1 - self.alpha)
+        self.theta.addcdiv_(d_theta, (self.g + self.eps).sqrt_(), value=-learning_rate)
+
+
+# ------------------------------------------------------------------------------------------------------ the workers
+
+METRICS = {  # columns of metrics.csv and their families in TensorBoard
+    "policy_loss": "losses",
+    "value_loss": "losses",
+    "entropy": "losses",
+    "value": "losses",
+    "grad_norm": "losses",
+    "learning_rate": "charts",
+}
+
+
+class Shared:
+    """What all workers share, in shared memory. Each writes only its own entry of `steps` and of `sums`, so no count is lost."""
+
+    def __init__(self, theta: torch.Tensor, args: Args):
+        self.optimizer = SharedRMSProp(theta, args.rmsprop_alpha, args.rmsprop_eps)
+        self.steps = torch.zeros(args.num_workers, dtype=torch.int64).share_memory_()  # t of every worker
+        self.sums = torch.zeros(args.num_workers, 1 + len(METRICS), dtype=torch.float64).share_memory_()
+        self.stop = torch.zeros((), dtype=torch.bool).share_memory_()
+
+    def T(self) -> int:
+        """The global step counter, the sum of the workers' own."""
+        return int(self.steps.sum())
+
+
+def worker(channel, index: int, args: Args, shared: Shared, rng: np.random.Generator) -> None:
+    """One worker: the lecture's pseudo-code. It reports (T, time, worker, return, length, random state) of every episode."""
+    torch.set_num_threads(1)
+    env = make_env(args.env_id)
+    model = ActorCritic(env.observation_space.shape[0], env.action_space)
+    parameters, optimizer = list(model.parameters()), shared.optimizer
+    t, sums = shared.steps[index : index + 1].numpy(), shared.sums[index].numpy()
+    observations = np.empty((args.t_max + 1, env.observation_space.shape[0]), np.float32)
+    actions = (
+        np.empty(args.t_max, np.int64)
+        if model.discrete
+        else np.empty((args.t_max, env.action_space.low.size), np.float32)
+    )
+    observations[0], _ = env.reset(seed=int(rng.integers(2**31)))
+    episode_return, length = 0.0, 0
+    channel.send(None)  # ready
+    start_time = channel.recv()
+
+    while (T := shared.T()) <= args.total_timesteps and not shared.stop:  # until T > T_max
+        # theta' = theta and theta'_v = theta_v; the gradients d theta and d theta_v are made anew below
+        model.theta.copy_(optimizer.theta)
+        rewards, terminated, truncated = [], False, False  # t_start = t
+        while not (terminated or truncated) and len(rewards) < args.t_max:  # until terminal s_t or t - t_start == t_max
+            n = len(rewards)
+            actions[n] = action = model.act(observations[n], rng)  # perform a_t according to pi(a_t|s_t; theta')
+            observations[n + 1], reward, terminated, truncated, _ = env.step(model.to_env(action))
+            rewards.append(float(reward))
+            t += 1  # and with it T
+        n = len(rewards)
+        loss, metrics = a3c_loss(
+            model, torch.from_numpy(observations[: n + 1]), torch.from_numpy(actions[:n]), rewards, terminated, args
+        )
+        d_theta = parameters_to_vector(torch.autograd.grad(loss, parameters))
+        norm = d_theta.norm().item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient became {norm} at step {T + n:,}; a lower learning rate may help")
+        if norm > args.max_grad_norm:
+            d_theta *= args.max_grad_norm / norm
+        learning_rate = args.learning_rate * max(0.0, 1 - T / args.total_timesteps if args.anneal_lr else 1.0)
+        optimizer.step(
+            d_theta, learning_rate
+        )  # asynchronous update of theta using d theta and of theta_v using d theta_v
+        sums += (1, *metrics.values(), norm, learning_rate)
+
+        episode_return, length = episode_return + sum(rewards), length + n
+        observations[0] = observations[n]
+        if terminated or truncated:
+            row = (shared.T(), time.monotonic() - start_time, episode_return, length)
+            channel.send((row, rng.bit_generator.state))
+            observations[0], _ = env.reset()
+            episode_return, length = 0.0, 0
+    env.close()
+
+
+# ---------------------------------------------------------------------------------------------------- training a run
+
+
+def check_args(args: Args) -> None:
+    """Raise InputError for what no run could be made of."""
+    check_at_least(args, 1, "total_timesteps", "num_workers", "t_max", "log_interval")
+    check_at_least(args, 0, "seed", "eval_episodes", "ent_coef", "vf_coef")
+    check_positive(args, "learning_rate", "max_grad_norm", "rmsprop_eps")
+    check_fraction(args, "gamma", "rmsprop_alpha")
+    if args.capture_video and not args.eval_episodes:
+        raise InputError("--capture-video films the evaluation: give --eval-episodes 1 or more")
+
+
+def make_model(args: Args, checkpoint: dict | None) -> ActorCritic:
+    """The networks for `args.env_id`, as the checkpoint holds them if there is one."""
+    env = check_env(args.env_id, film=args.capture_video)
+    observation_size, space = env.observation_space.shape[0], env.action_space
+    env.close()
+    if not isinstance(space, spaces.Discrete) and not (isinstance(space, spaces.Box) and space.dtype.kind == "f"):
+        raise InputError(f"{args.env_id} takes actions {space}; A3C here takes Discrete and Box ones of real numbers")
+    model = ActorCritic(observation_size, space)
+    if checkpoint:
+        try:
+            model.load_state_dict(checkpoint["model"])
+        except RuntimeError:
+            raise InputError(f"the checkpoint's networks do not fit {args.env_id} as it is installed here") from None
+    return model
+
+
+def evaluate_greedily(model: ActorCritic, args: Args, folder: Path) -> str:
+    """The likeliest action, or the Gaussian's mean, for `--eval-episodes` episodes; the result in one line."""
+    seed = args.seed + 1_000_000  # not the training environments'
+    policy = lambda observation: model.to_env(model.act(observation))  # noqa: E731
+    return evaluate(args.env_id, policy, args.eval_episodes, seed, folder, args.capture_video)
+
+
+def main(args: Args) -> int:
+    """Train, or go on training, or evaluate. Returns the exit code."""
+    check_args(args)
+    source = args.resume or args.evaluate
+    checkpoint = checkpoint_of(source, "a3c") if source else None
+    *generators, _ = seed_everything(args.seed, args.num_workers + 1)
+    model = make_model(args, checkpoint)
+    if args.evaluate:
+        if not args.eval_episodes:
+            raise InputError("--evaluate needs --eval-episodes 1 or more")
+        print(f"a3c: {evaluate_greedily(model, args, Path(args.evaluate))}, {args.evaluate}")
+        return 0
+
+    shared, seconds = Shared(model.theta.clone(), args), 0.0
+    if args.resume:
+        if checkpoint["step"] > args.total_timesteps:
+            raise InputError(
+                f"{args.resume} has {checkpoint['step']:,} steps already: give more with --total-timesteps"
+            )
+        shared.optimizer.g.copy_(checkpoint["g"])
+        shared.steps[0], seconds = checkpoint["step"], checkpoint["seconds"]
+        for generator, state in zip(generators, checkpoint["random_states"], strict=False):
+            generator.bit_generator.state = state
+
+    def snapshot() -> dict:
+        model.theta.copy_(shared.optimizer.theta)
+        return {"model": model.state_dict(), "g": shared.optimizer.g.clone()}
+
+    backend, reason = choose_backend(args.backend, args.num_workers)
+    run = Run("a3c", args, METRICS, {"backend_used": backend}, args.resume, shared.T(), seconds)
+    print(f"a3c: {args.env_id}, {args.num_workers} workers, backend {backend} ({reason}), {run.folder}", flush=True)
+    exit_code = train(run, worker, [(args, shared, generator) for generator in generators], backend, shared, snapshot)
+    if exit_code == 0:
+        model.theta.copy_(shared.optimizer.theta)
+        run.finish(shared.T(), evaluate_greedily(model, args, run.folder) if args.eval_episodes else "no evaluation")
+    return exit_code
+
+
+if __name__ == "__main__":
+    command_line(main, Args, "a3c")

@@ -1,0 +1,209 @@
+"""One run: its folder, its tables, its TensorBoard events, its checkpoint and its line on the terminal."""
+
+import csv
+import json
+import os
+import platform
+import sys
+import time
+from collections import deque
+from dataclasses import asdict
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import torch
+from tqdm import tqdm
+
+EPISODE_COLUMNS = ("step", "time", "worker", "return", "length")
+PLAIN_LINE_SECONDS = 5.0  # without a terminal: one line of progress this often
+
+
+def has_gil() -> bool:
+    """Whether this interpreter has a global lock that lets one thread run Python at a time."""
+    return getattr(sys, "_is_gil_enabled", lambda: True)()
+
+
+def load_checkpoint(folder: str, script: str) -> dict:
+    """Read `folder`/checkpoint.pt as `Run.save` wrote it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it cannot be read, or another script wrote it.
+    """
+    path = Path(folder) / "checkpoint.pt"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no checkpoint.pt: give the folder of a run, such as runs/CartPole-v1__..."
+        )
+    try:
+        checkpoint = torch.load(path, weights_only=True)
+        origin = checkpoint["script"]
+    except Exception as error:  # a truncated or foreign file fails in more ways than can be listed
+        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from None
+    if origin != script:
+        raise ValueError(f"{folder} is a run of {origin}.py, not of {script}.py")
+    return checkpoint
+
+
+class Run:
+    """The folder of one run and everything that is written into it while it lasts.
+
+    Args:
+        script: name of the script, without .py.
+        args: its dataclass of arguments, with `env_id`, `seed`, `total_timesteps`, `log_dir`.
+        metrics: maps each column of metrics.csv, beside `step` and `time`, to its TensorBoard family
+            (`{"policy_loss": "losses", ...}`).
+        facts: what args.json is to hold besides the arguments.
+        resume: the folder of the run to go on with; None makes a new one.
+        step, seconds: where the checkpoint of that run stands. Rows beyond `step` are of episodes that the checkpoint does not
+            know; they are taken out, because they are about to be played again.
+    """
+
+    def __init__(self, script, args, metrics, facts, resume=None, step=0, seconds=0.0):
+        self.script, self.args, self.families = script, args, metrics
+        name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{script}__{args.seed}__{int(time.time())}"
+        self.folder = Path(resume) if resume else _new_folder(Path(args.log_dir) / name)
+        self.started = self.begun = time.monotonic() - seconds  # until start()
+        self.first_step, self.last_step, self.last_seconds = step, step, seconds
+        self.returns = deque(maxlen=50)
+        self.interval_returns, self.interval_lengths = [], []
+        versions = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "gymnasium": gymnasium.__version__,
+            "numpy": np.__version__,
+        }
+        facts = facts | {"versions": versions, "cores": os.cpu_count(), "gil": has_gil()}
+        _write_json(self.folder / "args.json", asdict(args) | facts)
+        self.episodes = _open_table(self.folder / "episodes.csv", EPISODE_COLUMNS, step)
+        self.metrics = _open_table(self.folder / "metrics.csv", ("step", "time", *metrics, "steps_per_second"), step)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(self.folder, purge_step=step if resume else None, flush_secs=10)
+        except ImportError:
+            self.tensorboard = None
+            print("tensorboard is not installed: only the CSV files are written")
+        self.bar = None
+
+    def start(self) -> float:
+        """Training begins now. Returns the reading of `time.monotonic` that counts as 0 seconds."""
+        self.begun = self.last_line = time.monotonic()
+        self.started = self.begun - self.last_seconds
+        if sys.stdout.isatty():
+            self.bar = tqdm(total=self.args.total_timesteps, initial=self.first_step, unit=" steps", file=sys.stdout)
+        return self.started
+
+    def seconds(self) -> float:
+        """Seconds of training so far."""
+        return time.monotonic() - self.started
+
+    def log_episode(self, step: int, seconds: float, worker: int, episode_return: float, length: int) -> None:
+        """One row of episodes.csv."""
+        self.episodes.writerow((step, f"{seconds:.3f}", worker, f"{episode_return:.6g}", length))
+        self.returns.append(episode_return)
+        self.interval_returns.append(episode_return)
+        self.interval_lengths.append(length)
+
+    def log_metrics(self, step: int, values: dict[str, float]) -> None:
+        """One row of metrics.csv, with `values` by column, and the same for TensorBoard."""
+        seconds = self.seconds()
+        speed = (step - self.last_step) / max(seconds - self.last_seconds, 1e-9)
+        self.last_step, self.last_seconds = step, seconds
+        row = [f"{values[name]:.6g}" for name in self.families]
+        self.metrics.writerow((step, f"{seconds:.3f}", *row, f"{speed:.0f}"))
+        if self.tensorboard:
+            scalars = {f"{family}/{name}": values[name] for name, family in self.families.items()}
+            scalars["charts/SPS"] = speed
+            if self.interval_returns:
+                scalars["charts/episodic_return"] = np.mean(self.interval_returns)
+                scalars["charts/episodic_length"] = np.mean(self.interval_lengths)
+            for tag, value in scalars.items():
+                self.tensorboard.add_scalar(tag, value, step)
+        self.interval_returns, self.interval_lengths = [], []
+
+    def show_progress(self, step: int) -> None:
+        """The progress bar, or now and then a plain line where there is no terminal."""
+        mean = f"{np.mean(self.returns):.1f}" if self.returns else "-"
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"return {mean}", refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif time.monotonic() - self.last_line >= PLAIN_LINE_SECONDS:
+            self.last_line = time.monotonic()
+            speed = (step - self.first_step) / (time.monotonic() - self.begun)
+            left = max(0, self.args.total_timesteps - step) / max(speed, 1e-9)
+            print(f"step {step:,}: return {mean}, {speed:,.0f} steps per second, {left:.0f} s left", flush=True)
+
+    def save(self, step: int, tensors: dict, random_states: dict) -> None:
+        """Write checkpoint.pt: under another name first, so that a crash leaves the old one whole.
+
+        Args:
+            step: T.
+            tensors: networks and optimiser, by name: a tensor or a state_dict each.
+            random_states: the state of each worker's random generator, by number.
+
+        Raises:
+            FloatingPointError: a number in `tensors` is not finite; the old checkpoint stays.
+        """
+        for name, content in tensors.items():
+            for tensor in content.values() if isinstance(content, dict) else [content]:
+                if not tensor.isfinite().all():
+                    raise FloatingPointError(f"{name} is not finite at step {step:,}: the checkpoint before it is kept")
+        about = {"script": self.script, "args": asdict(self.args), "step": step, "seconds": self.seconds()}
+        temporary = self.folder / "checkpoint.tmp"
+        torch.save(about | tensors | {"random_states": random_states}, temporary)
+        os.replace(temporary, self.folder / "checkpoint.pt")
+
+    def finish(self, step: int, evaluation: str) -> None:
+        """The last line on the terminal."""
+        steps, seconds = step - self.first_step, self.trained_seconds
+        print(
+            f"{self.script}: {steps:,} steps in {seconds:.1f} s ({steps / seconds:,.0f} a second){evaluation}; {self.folder}"
+        )
+
+    def close(self) -> None:
+        """Training is over: close tables, events and bar. The tables are complete before this, too."""
+        self.trained_seconds = time.monotonic() - self.begun
+        if self.bar is not None:
+            self.bar.close()
+        self.episodes.file.close()
+        self.metrics.file.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+
+
+class _Table:
+    """A CSV file whose rows are on disk as soon as they are written."""
+
+    def __init__(self, file):
+        self.file = file
+        self.writerow = csv.writer(file, lineterminator="\n").writerow
+
+
+def _open_table(path: Path, columns: tuple[str, ...], step: int) -> _Table:
+    """Open `path` for more rows; what it holds beyond `step`, or in a row cut short, is taken out first."""
+    kept = [",".join(columns)]
+    if path.exists():
+        lines = path.read_text().split("\n")[1:-1]  # the last one is empty, or was cut short
+        kept += [line for line in lines if line.count(",") == len(columns) - 1 and int(line.split(",")[0]) <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("\n".join(kept) + "\n")
+    os.replace(temporary, path)
+    return _Table(open(path, "a", buffering=1, newline=""))
+
+
+def _new_folder(path: Path) -> Path:
+    """`path`, or the same with a number behind it where another run of this second has taken it."""
+    for number in range(1, 1000):
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            candidate.mkdir(parents=True)
+            return candidate
+        except FileExistsError:
+            continue
+    raise FileExistsError(path)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
