@@ -1,7 +1,9 @@
-"""A3C, asynchronous advantage actor-critic (Mnih et al. 2016, Asynchronous Methods for Deep Reinforcement Learning, algorithm S3).
+"""A3C, asynchronous advantage actor-critic (Mnih et al. 2016, Asynchronous Methods for Deep Reinforcement Learning).
 
-Several workers, each with an environment and parameters theta' of its own, update one global network theta without waiting
-for each other:  python a3c.py --num-workers 8
+Several workers, each with an environment and parameters theta' of its own, update one shared network theta without
+waiting for each other.
+
+    python a3c.py --num-workers 8
 """
 
 import math
@@ -12,22 +14,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from gymnasium import spaces
+from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from common.evaluation import evaluate
-from common.inputs import (
-    InputError,
-    check_at_least,
-    check_env,
-    check_fraction,
-    check_positive,
-    checkpoint_of,
-    command_line,
-    make_env,
-)
+from common.inputs import InputError, check_args, check_env, command_line, make_env, read_checkpoint
 from common.run import Run
 from common.seeding import seed_everything
 from common.workers import choose_backend, train
@@ -77,9 +70,6 @@ class Args:
     """a run's folder: go on from its checkpoint, in the same folder, to the total timesteps"""
 
 
-# ---------------------------------------------------------------------------------------------------- the networks
-
-
 def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
     """Two hidden layers of 64 tanh units; orthogonal weights, those of the last layer scaled by `gain`."""
     layers = [nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
@@ -92,28 +82,29 @@ def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
 class ActorCritic(nn.Module):
     """The policy pi(a|s; theta) and the value function V(s; theta_v).
 
-    A Discrete policy is a softmax. A Box policy is a Gaussian whose mean and variance (softplus) are the network's outputs,
-    in units in which finite bounds lie at -1 and 1; what it draws is clipped to the bounds.
+    A Discrete policy is a softmax. A Box policy is a Gaussian whose mean and variance (a softplus) are outputs of the
+    network, in units in which finite bounds lie at -1 and 1; its draws are clipped to the bounds.
 
-    `theta` holds the parameters of both networks in one vector of which every parameter is a view: writing to it changes
-    the networks, whole and in one operation.
+    The attribute `theta` is one vector that holds the parameters of both networks, each of which is a view of it: to
+    write to `theta` is to change the networks.
     """
 
     def __init__(self, observation_size: int, action_space: spaces.Space):
         super().__init__()
         self.space, self.discrete = action_space, isinstance(action_space, spaces.Discrete)
+        self.action_dtype = np.int64 if self.discrete else np.float32
         outputs = int(action_space.n) if self.discrete else 2 * math.prod(action_space.shape)
         self.actor, self.critic = mlp(observation_size, outputs, gain=0.01), mlp(observation_size, 1, gain=1.0)
         self.theta = parameters_to_vector(self.parameters()).detach()
         vector_to_parameters(self.theta, self.parameters())
-        # The actor once more, as numpy views of the same memory: for one observation this takes a sixth of torch's time.
-        self.layers = [
-            (m.weight.detach().numpy(), m.bias.detach().numpy()) for m in self.actor if isinstance(m, nn.Linear)
-        ]
+        # The actor again, as numpy views of the same memory: for a single observation it takes a sixth of torch's time.
+        linear = [layer for layer in self.actor if isinstance(layer, nn.Linear)]
+        self.layers = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in linear]
         if not self.discrete:
             low, high = action_space.low.astype(np.float64), action_space.high.astype(np.float64)
             bounded = np.isfinite(low) & np.isfinite(high)
-            self.center, self.scale = np.where(bounded, [(low + high) / 2, (high - low) / 2], [[0.0], [1.0]])
+            self.center = np.where(bounded, (low + high) / 2, 0.0)
+            self.scale = np.where(bounded, (high - low) / 2, 1.0)
 
     def act(self, observation: np.ndarray, rng: np.random.Generator | None = None):
         """Draw a ~ pi(a|s; theta) for one observation, shape (observation_size,); without `rng` take the likeliest.
@@ -125,7 +116,7 @@ class ActorCritic(nn.Module):
             x = np.tanh(weight @ x + bias)
         weight, bias = self.layers[-1]
         x = weight @ x + bias
-        if self.discrete:  # the Gumbel-max trick: minus the logarithm of an exponential variable is Gumbel's
+        if self.discrete:  # argmax of the logits plus Gumbel noise (minus the log of an exponential variable): a draw
             return int((x if rng is None else x - np.log(rng.standard_exponential(len(x)))).argmax())
         mean, raw_variance = np.split(x, 2)
         return mean if rng is None else mean + np.sqrt(np.logaddexp(0, raw_variance)) * rng.standard_normal(len(mean))
@@ -137,12 +128,10 @@ class ActorCritic(nn.Module):
         action = self.center + self.scale * action.reshape(self.space.shape)
         return np.clip(action.astype(self.space.dtype), self.space.low, self.space.high)
 
-    def log_prob_and_entropy(
-        self, observations: torch.Tensor, actions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """log pi(a|s; theta) and the entropy H[pi(.|s; theta)], both of shape (n,).
+    def log_prob_and_entropy(self, observations: torch.Tensor, actions: torch.Tensor):
+        """log pi(a|s; theta) and the entropy H[pi(.|s; theta)], two tensors of shape (n,).
 
-        `observations` has shape (n, observation_size); `actions` (n,) int64 or (n, action_size).
+        `observations` has shape (n, observation_size); `actions` (n,), int64, or (n, action_size).
         """
         outputs = self.actor(observations)
         if self.discrete:
@@ -155,15 +144,12 @@ class ActorCritic(nn.Module):
         return -(0.5 * (actions - mean).square() / variance + log_scale).sum(-1), (0.5 + log_scale).sum(-1)
 
 
-# --------------------------------------------------------------------------------------------------- the algorithm
-
-
 def n_step_returns(rewards: list[float], bootstrap: float, gamma: float) -> torch.Tensor:
-    """The return R of every step of a segment, from its last step back to its first (algorithm S3).
+    """The return R of every step of a segment, from the last step back to the first (Mnih et al. 2016, algorithm S3).
 
     Args:
         rewards: r_i for i in t_start, ..., t - 1.
-        bootstrap: R to begin with, 0 for a terminal s_t, V(s_t) otherwise.
+        bootstrap: what R begins with: 0 for a terminal s_t, V(s_t) otherwise.
         gamma: discount factor.
 
     Returns:
@@ -177,42 +163,42 @@ def n_step_returns(rewards: list[float], bootstrap: float, gamma: float) -> torc
 
 
 def a3c_loss(model: ActorCritic, observations, actions, rewards: list[float], terminated: bool, args: Args):
-    """The loss of one segment, whose gradient is the sum over its steps that the lecture accumulates.
+    """The loss of a segment of n steps; its gradient is the sum over the steps that the lecture accumulates.
 
     Args:
         model: theta' and theta'_v.
-        observations: s_{t_start}, ..., s_t, shape (n + 1, observation_size); the last is the real last one, also at a time limit.
-        actions: a_{t_start}, ..., a_{t - 1}, as `ActorCritic.act` returns them, shape (n,) or (n, action_size).
-        rewards: n of them.
-        terminated: whether s_t is terminal; a time limit is not.
+        observations: s_{t_start}, ..., s_t, shape (n + 1, observation_size).
+        actions: a_{t_start}, ..., a_{t - 1} as `ActorCritic.act` returns them, shape (n,) or (n, action_size).
+        rewards: r_{t_start}, ..., r_{t - 1}.
+        terminated: whether s_t is terminal; at a time limit it is not.
         args: gamma, ent_coef, vf_coef.
 
     Returns:
-        The loss, a scalar tensor, and its components by name, as means over the steps.
+        The loss, a scalar tensor, and the means over the steps of policy loss, value loss, entropy and value.
     """
     n = len(rewards)
     values = model.critic(observations).squeeze(-1)
     # R = 0 for terminal s_t, V(s_t; theta'_v) for non-terminal s_t
     returns = n_step_returns(rewards, 0.0 if terminated else values[-1].item(), args.gamma)
     log_prob, entropy = model.log_prob_and_entropy(observations[:-1], actions)
-    assert values.shape == (n + 1,) and returns.shape == log_prob.shape == entropy.shape == (n,)
+    assert values.shape == (n + 1,), values.shape
+    assert returns.shape == log_prob.shape == entropy.shape == (n,), (returns.shape, log_prob.shape, entropy.shape)
     advantages = returns - values[:-1]
-    # d theta <- d theta + grad log pi(a_i|s_i; theta') (R - V(s_i; theta'_v)), R - V a constant; minus, as a loss is minimised
+    # d theta <- d theta + grad log pi(a_i|s_i; theta') (R - V(s_i; theta'_v)), to be ascended; R - V is a constant here
     policy_loss = -(log_prob * advantages.detach()).sum()
     # d theta_v <- d theta_v + d (R - V(s_i; theta'_v))^2 / d theta'_v
     value_loss = advantages.square().sum()
     # L_actor = -(R - V(s)) log pi(a|s) - beta H[pi(a|s)]
     loss = policy_loss - args.ent_coef * entropy.sum() + args.vf_coef * value_loss
-    sums = torch.stack([policy_loss, value_loss, entropy.sum(), values[:-1].sum()]).tolist()
-    return loss, dict(zip(("policy_loss", "value_loss", "entropy", "value"), (s / n for s in sums), strict=True))
+    return loss, (torch.stack([policy_loss, value_loss, entropy.sum(), values[:-1].sum()]) / n).tolist()
 
 
 class SharedRMSProp:
-    """RMSProp whose statistics g are shared, as theta is, by all workers (Mnih et al. 2016, section 4):
+    """RMSProp whose statistics g all workers share, as they share theta (Mnih et al. 2016, section 4):
 
         g <- alpha g + (1 - alpha) d^2          theta <- theta - eta d / sqrt(g + epsilon)
 
-    `step` takes no lock: workers that update at the same time may overwrite a part of each other's step, not more.
+    No lock is taken: of two workers that update at the same time, one may overwrite parts of the other's step.
     """
 
     def __init__(self, theta: torch.Tensor, alpha: float, eps: float):
@@ -220,14 +206,12 @@ class SharedRMSProp:
         self.g = torch.zeros_like(theta).share_memory_()
 
     def step(self, d_theta: torch.Tensor, learning_rate: float) -> None:
-        """Update theta in place by the gradient `d_theta`, shape as theta."""
+        """Update theta in place by the gradient `d_theta`, of the same shape."""
         self.g.mul_(self.alpha).addcmul_(d_theta, d_theta, value=1 - self.alpha)
         self.theta.addcdiv_(d_theta, (self.g + self.eps).sqrt_(), value=-learning_rate)
 
 
-# ------------------------------------------------------------------------------------------------------ the workers
-
-METRICS = {  # columns of metrics.csv and their families in TensorBoard
+METRICS = {  # columns of metrics.csv, with their families in TensorBoard
     "policy_loss": "losses",
     "value_loss": "losses",
     "entropy": "losses",
@@ -238,146 +222,108 @@ METRICS = {  # columns of metrics.csv and their families in TensorBoard
 
 
 class Shared:
-    """What all workers share, in shared memory. Each writes only its own entry of `steps` and of `sums`, so no count is lost."""
+    """What all workers share. Each writes its own row of `steps` and `sums` alone: no count is lost, without a lock."""
 
     def __init__(self, theta: torch.Tensor, args: Args):
         self.optimizer = SharedRMSProp(theta, args.rmsprop_alpha, args.rmsprop_eps)
-        self.steps = torch.zeros(args.num_workers, dtype=torch.int64).share_memory_()  # t of every worker
+        self.steps = torch.zeros(args.num_workers, dtype=torch.int64).share_memory_()  # t of each worker
         self.sums = torch.zeros(args.num_workers, 1 + len(METRICS), dtype=torch.float64).share_memory_()
         self.stop = torch.zeros((), dtype=torch.bool).share_memory_()
 
     def T(self) -> int:
-        """The global step counter, the sum of the workers' own."""
+        """The global step counter: the sum of the workers' own."""
         return int(self.steps.sum())
 
 
 def worker(channel, index: int, args: Args, shared: Shared, rng: np.random.Generator) -> None:
-    """One worker: the lecture's pseudo-code. It reports (T, time, worker, return, length, random state) of every episode."""
+    """One worker of algorithm S3, as a thread or a process. `channel` takes a report of every episode."""
     torch.set_num_threads(1)
     env = make_env(args.env_id)
-    model = ActorCritic(env.observation_space.shape[0], env.action_space)
-    parameters, optimizer = list(model.parameters()), shared.optimizer
+    model, optimizer = ActorCritic(env.observation_space.shape[0], env.action_space), shared.optimizer
+    parameters = list(model.parameters())
     t, sums = shared.steps[index : index + 1].numpy(), shared.sums[index].numpy()
-    observations = np.empty((args.t_max + 1, env.observation_space.shape[0]), np.float32)
-    actions = (
-        np.empty(args.t_max, np.int64)
-        if model.discrete
-        else np.empty((args.t_max, env.action_space.low.size), np.float32)
-    )
+    observations = np.empty((args.t_max + 1, *env.observation_space.shape), np.float32)
     observations[0], _ = env.reset(seed=int(rng.integers(2**31)))
-    episode_return, length = 0.0, 0
-    channel.send(None)  # ready
-    start_time = channel.recv()
+    episode_return, episode_length = 0.0, 0
+    start_time = channel.wait_for_start()
 
     while (T := shared.T()) <= args.total_timesteps and not shared.stop:  # until T > T_max
-        # theta' = theta and theta'_v = theta_v; the gradients d theta and d theta_v are made anew below
+        # theta' = theta and theta'_v = theta_v; d theta and d theta_v are made anew below
         model.theta.copy_(optimizer.theta)
-        rewards, terminated, truncated = [], False, False  # t_start = t
+        actions, rewards, terminated, truncated = [], [], False, False
         while not (terminated or truncated) and len(rewards) < args.t_max:  # until terminal s_t or t - t_start == t_max
             n = len(rewards)
-            actions[n] = action = model.act(observations[n], rng)  # perform a_t according to pi(a_t|s_t; theta')
+            action = model.act(observations[n], rng)  # perform a_t according to pi(a_t|s_t; theta')
             observations[n + 1], reward, terminated, truncated, _ = env.step(model.to_env(action))
+            actions.append(action)
             rewards.append(float(reward))
-            t += 1  # and with it T
+            t += 1  # t <- t + 1, and with it T <- T + 1
         n = len(rewards)
-        loss, metrics = a3c_loss(
-            model, torch.from_numpy(observations[: n + 1]), torch.from_numpy(actions[:n]), rewards, terminated, args
-        )
+
+        tensors = torch.from_numpy(observations[: n + 1]), torch.from_numpy(np.array(actions, model.action_dtype))
+        loss, means = a3c_loss(model, *tensors, rewards, terminated, args)
         d_theta = parameters_to_vector(torch.autograd.grad(loss, parameters))
         norm = d_theta.norm().item()
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient became {norm} at step {T + n:,}; a lower learning rate may help")
-        if norm > args.max_grad_norm:
-            d_theta *= args.max_grad_norm / norm
-        learning_rate = args.learning_rate * max(0.0, 1 - T / args.total_timesteps if args.anneal_lr else 1.0)
-        optimizer.step(
-            d_theta, learning_rate
-        )  # asynchronous update of theta using d theta and of theta_v using d theta_v
-        sums += (1, *metrics.values(), norm, learning_rate)
+            raise FloatingPointError(f"the gradient is {norm} at step {T + n:,}: a lower --learning-rate may help")
+        d_theta *= min(1.0, args.max_grad_norm / max(norm, 1e-12))
+        learning_rate = args.learning_rate * (max(0.0, 1 - T / args.total_timesteps) if args.anneal_lr else 1.0)
+        optimizer.step(d_theta, learning_rate)  # asynchronous update of theta using d theta, theta_v using d theta_v
+        sums += (1, *means, norm, learning_rate)
 
-        episode_return, length = episode_return + sum(rewards), length + n
+        episode_return, episode_length = episode_return + sum(rewards), episode_length + n
         observations[0] = observations[n]
         if terminated or truncated:
-            row = (shared.T(), time.monotonic() - start_time, episode_return, length)
+            row = (shared.T(), time.monotonic() - start_time, episode_return, episode_length)
             channel.send((row, rng.bit_generator.state))
             observations[0], _ = env.reset()
-            episode_return, length = 0.0, 0
+            episode_return, episode_length = 0.0, 0
     env.close()
 
 
-# ---------------------------------------------------------------------------------------------------- training a run
-
-
-def check_args(args: Args) -> None:
-    """Raise InputError for what no run could be made of."""
-    check_at_least(args, 1, "total_timesteps", "num_workers", "t_max", "log_interval")
-    check_at_least(args, 0, "seed", "eval_episodes", "ent_coef", "vf_coef")
-    check_positive(args, "learning_rate", "max_grad_norm", "rmsprop_eps")
-    check_fraction(args, "gamma", "rmsprop_alpha")
-    if args.capture_video and not args.eval_episodes:
-        raise InputError("--capture-video films the evaluation: give --eval-episodes 1 or more")
-
-
-def make_model(args: Args, checkpoint: dict | None) -> ActorCritic:
-    """The networks for `args.env_id`, as the checkpoint holds them if there is one."""
-    env = check_env(args.env_id, film=args.capture_video)
-    observation_size, space = env.observation_space.shape[0], env.action_space
-    env.close()
-    if not isinstance(space, spaces.Discrete) and not (isinstance(space, spaces.Box) and space.dtype.kind == "f"):
-        raise InputError(f"{args.env_id} takes actions {space}; A3C here takes Discrete and Box ones of real numbers")
+def main(args: Args) -> int:
+    """Train, go on training or only evaluate, as `args` says. Returns the exit code."""
+    check_args(args)
+    checkpoint = read_checkpoint(args, "a3c")
+    observation_size, space = check_env(args, checkpoint)
+    if not (isinstance(space, spaces.Discrete) or (isinstance(space, spaces.Box) and space.dtype.kind == "f")):
+        raise InputError(f"{args.env_id} takes actions {space}: this A3C needs Discrete ones or a Box of real numbers")
+    generators = seed_everything(args.seed, args.num_workers)
     model = ActorCritic(observation_size, space)
+    shared, seconds = Shared(model.theta.clone(), args), 0.0
     if checkpoint:
         try:
             model.load_state_dict(checkpoint["model"])
         except RuntimeError:
             raise InputError(f"the checkpoint's networks do not fit {args.env_id} as it is installed here") from None
-    return model
-
-
-def evaluate_greedily(model: ActorCritic, args: Args, folder: Path) -> str:
-    """The likeliest action, or the Gaussian's mean, for `--eval-episodes` episodes; the result in one line."""
-    seed = args.seed + 1_000_000  # not the training environments'
-    policy = lambda observation: model.to_env(model.act(observation))  # noqa: E731
-    return evaluate(args.env_id, policy, args.eval_episodes, seed, folder, args.capture_video)
-
-
-def main(args: Args) -> int:
-    """Train, or go on training, or evaluate. Returns the exit code."""
-    check_args(args)
-    source = args.resume or args.evaluate
-    checkpoint = checkpoint_of(source, "a3c") if source else None
-    *generators, _ = seed_everything(args.seed, args.num_workers + 1)
-    model = make_model(args, checkpoint)
-    if args.evaluate:
-        if not args.eval_episodes:
-            raise InputError("--evaluate needs --eval-episodes 1 or more")
-        print(f"a3c: {evaluate_greedily(model, args, Path(args.evaluate))}, {args.evaluate}")
-        return 0
-
-    shared, seconds = Shared(model.theta.clone(), args), 0.0
-    if args.resume:
-        if checkpoint["step"] > args.total_timesteps:
-            raise InputError(
-                f"{args.resume} has {checkpoint['step']:,} steps already: give more with --total-timesteps"
-            )
+        shared.optimizer.theta.copy_(model.theta)
         shared.optimizer.g.copy_(checkpoint["g"])
         shared.steps[0], seconds = checkpoint["step"], checkpoint["seconds"]
-        for generator, state in zip(generators, checkpoint["random_states"], strict=False):
-            generator.bit_generator.state = state
+        for index, state in checkpoint["random_states"].items():
+            if index < args.num_workers:
+                generators[index].bit_generator.state = state
+
+    def greedy_policy(observation: np.ndarray):
+        return model.to_env(model.act(observation))
+
+    if args.evaluate:
+        print(f"a3c: {evaluate(greedy_policy, args, Path(args.evaluate))}; {args.evaluate}")
+        return 0
+    if shared.T() > args.total_timesteps:
+        raise InputError(f"{args.resume} has done {shared.T():,} steps already: give more with --total-timesteps")
 
     def snapshot() -> dict:
         model.theta.copy_(shared.optimizer.theta)
         return {"model": model.state_dict(), "g": shared.optimizer.g.clone()}
 
     backend, reason = choose_backend(args.backend, args.num_workers)
-    run = Run("a3c", args, METRICS, {"backend_used": backend}, args.resume, shared.T(), seconds)
+    run = Run("a3c", args, METRICS, {"backend_used": backend}, shared.T(), seconds)
     print(f"a3c: {args.env_id}, {args.num_workers} workers, backend {backend} ({reason}), {run.folder}", flush=True)
-    exit_code = train(run, worker, [(args, shared, generator) for generator in generators], backend, shared, snapshot)
+    exit_code = train(run, worker, [(args, shared, rng) for rng in generators], backend, shared, snapshot)
     if exit_code == 0:
-        model.theta.copy_(shared.optimizer.theta)
-        run.finish(shared.T(), evaluate_greedily(model, args, run.folder) if args.eval_episodes else "no evaluation")
+        run.finish(evaluate(greedy_policy, args, run.folder))
     return exit_code
 
 
 if __name__ == "__main__":
-    command_line(main, Args, "a3c")
+    command_line(main, Args)

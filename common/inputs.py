@@ -1,87 +1,92 @@
-"""Command line and environments: what can be wrong with them is said in one line, before anything is written."""
+"""Command line and environments: what is wrong with them is said in one line, before anything is written."""
 
-import dataclasses
 import difflib
+import importlib.util
 import math
+import signal
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 from typing import NoReturn
 
 import gymnasium as gym
-import numpy as np
+import torch
 import tyro
 from gymnasium import spaces
 
-from common.run import load_checkpoint
+AT_LEAST_1 = ("total_timesteps", "num_workers", "t_max", "log_interval")
+AT_LEAST_0 = ("seed", "eval_episodes", "ent_coef", "vf_coef")
+ABOVE_0 = ("learning_rate", "max_grad_norm", "rmsprop_eps")
+FRACTIONS = ("gamma", "rmsprop_alpha")
+OF_ONE_CALL = ("resume", "evaluate", "eval_episodes", "capture_video")  # arguments that a resumed run does not inherit
 
 
 class InputError(Exception):
     """A wrong argument. `command_line` prints it as one line and ends with exit code 2."""
 
 
-def command_line(main: Callable, arguments_class: type, script: str) -> NoReturn:
+def command_line(main: Callable, arguments_class: type) -> NoReturn:
     """Parse the command line into `arguments_class`, call `main` with it, and exit with the code that it returns.
 
-    With --resume or --evaluate the arguments of that run take the place of the defaults, and what else is given on the
-    command line still wins. An `InputError` becomes one line on standard error and exit code 2.
+    With --resume or --evaluate the arguments of that run take the place of the defaults; what else is given on the
+    command line still wins. SIGTERM ends a run in good order, as Ctrl-C does.
     """
+    script = Path(sys.argv[0]).stem
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        args = tyro.cli(arguments_class, description=sys.modules["__main__"].__doc__)
-        if args.resume and args.evaluate:
-            raise InputError("--resume and --evaluate exclude each other: the first trains, the second does not")
-        if folder := args.resume or args.evaluate:
-            stored = stored_arguments(folder, script, arguments_class)
-            args = tyro.cli(arguments_class, default=stored)
-            if args.env_id != stored.env_id:
-                raise InputError(f"{folder} was trained on {stored.env_id}, not on {args.env_id}: leave --env-id out")
+        args = tyro.cli(arguments_class, description=sys.modules[main.__module__].__doc__)
+        if checkpoint := read_checkpoint(args, script):
+            defaults, stored = asdict(arguments_class()), checkpoint["args"]
+            inherited = {
+                name: stored.get(name, default) for name, default in defaults.items() if name not in OF_ONE_CALL
+            }
+            args = tyro.cli(arguments_class, default=arguments_class(**inherited))
         sys.exit(main(args))
     except InputError as error:
         print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def stored_arguments(folder: str, script: str, arguments_class: type):
-    """The arguments of the run in `folder`, but for those that speak of one call alone."""
-    stored = checkpoint_of(folder, script)["args"]
-    defaults = dataclasses.asdict(arguments_class())
-    one_call = ("resume", "evaluate", "eval_episodes", "capture_video")
-    return arguments_class(**{k: v if k in one_call else stored.get(k, v) for k, v in defaults.items()})
+def check_args(args) -> None:
+    """Raise InputError for an argument out of range. NaN is out of every range."""
+    rules = (
+        (AT_LEAST_1, lambda value: 1 <= value < math.inf, "at least 1"),
+        (AT_LEAST_0, lambda value: 0 <= value < math.inf, "at least 0"),
+        (ABOVE_0, lambda value: 0 < value < math.inf, "above 0"),
+        (FRACTIONS, lambda value: 0 <= value <= 1, "between 0 and 1"),
+    )
+    for names, accepts, description in rules:
+        for name in names:
+            if hasattr(args, name) and not accepts(value := getattr(args, name)):
+                raise InputError(f"--{name.replace('_', '-')} must be {description}, not {value:g}")
+    if (args.capture_video or args.evaluate) and not args.eval_episodes:
+        flag = "--evaluate" if args.evaluate else "--capture-video"
+        raise InputError(f"{flag} needs an evaluation: give --eval-episodes 1 or more")
 
 
-def checkpoint_of(folder: str, script: str) -> dict:
-    """`load_checkpoint`, with its errors as InputError."""
+def read_checkpoint(args, script: str) -> dict | None:
+    """The checkpoint of the run that --resume or --evaluate names; None without either.
+
+    Raises:
+        InputError: there is none, it cannot be read, or it is of another script or environment.
+    """
+    folder = args.resume or args.evaluate
+    if not folder:
+        return None
+    if args.resume and args.evaluate:
+        raise InputError("--resume trains and --evaluate does not: give one of them")
+    path = Path(folder) / "checkpoint.pt"
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint.pt in {folder}: give the folder of a run, as its last line names it")
     try:
-        return load_checkpoint(folder, script)
-    except (OSError, ValueError) as error:
-        raise InputError(str(error)) from None
-
-
-def check_at_least(args, minimum: float, *names: str) -> None:
-    """Raise InputError unless each named argument is finite and at least `minimum`."""
-    for name in names:
-        value = getattr(args, name)
-        if not (math.isfinite(value) and value >= minimum):
-            raise InputError(f"{_flag(name)} must be at least {minimum:g}, not {value:g}")
-
-
-def check_positive(args, *names: str) -> None:
-    """Raise InputError unless each named argument is finite and above 0."""
-    for name in names:
-        value = getattr(args, name)
-        if not (math.isfinite(value) and value > 0):
-            raise InputError(f"{_flag(name)} must be a number above 0, not {value:g}")
-
-
-def check_fraction(args, *names: str) -> None:
-    """Raise InputError unless each named argument lies in [0, 1]."""
-    for name in names:
-        value = getattr(args, name)
-        if not 0 <= value <= 1:
-            raise InputError(f"{_flag(name)} must lie between 0 and 1, not {value:g}")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+        checkpoint = torch.load(path, weights_only=True)
+        origin = checkpoint["script"]
+    except Exception as error:  # a truncated or foreign file fails in more ways than can be listed
+        raise InputError(f"{path} is damaged or not a checkpoint ({type(error).__name__})") from None
+    if origin != script:
+        raise InputError(f"{folder} is a run of {origin}.py, not of {script}.py")
+    return checkpoint
 
 
 def make_env(env_id: str, **kwargs) -> gym.Env:
@@ -92,45 +97,46 @@ def make_env(env_id: str, **kwargs) -> gym.Env:
     return env if is_vector else gym.wrappers.FlattenObservation(env)
 
 
-def check_env(env_id: str, film: bool = False) -> gym.Env:
-    """Make `env_id` as `make_env` does, or raise InputError with the reason in one line.
+def check_env(args, checkpoint: dict | None) -> tuple[int, spaces.Space]:
+    """Make `args.env_id` once. Returns the length of its flattened observations and its action space.
 
-    Refused are unknown ids (the nearest known ones are named), environments whose packages are missing, observations that
-    do not flatten to a vector of fixed length, and images. With `film`, also environments that cannot be filmed here.
+    Raises:
+        InputError: there is no such environment (the nearest names are given), it cannot be made or filmed here, it is
+            not the checkpoint's, or its observations do not flatten to a vector of fixed length or are images.
     """
+    if checkpoint and args.env_id != (trained := checkpoint["args"]["env_id"]):
+        raise InputError(f"{args.resume or args.evaluate} is a run on {trained}, not on {args.env_id}")
     try:
-        space = gym.make(env_id, disable_env_checker=True).observation_space
-    except gym.error.UnregisteredEnv:
-        near = _nearest(env_id)
-        hint = f"did you mean {' or '.join(near)}?" if near else "gymnasium.registry lists the known ones"
-        raise InputError(f"there is no environment {env_id!r}: {hint}") from None
+        raw = gym.make(args.env_id, disable_env_checker=True)
+    except gym.error.UnregisteredEnv as error:
+        names = {name.lower(): name for name in gym.registry}
+        near = [names[name] for name in difflib.get_close_matches(args.env_id.lower(), names, n=3)]
+        hint = f"did you mean {' or '.join(near)}?" if near else _first_line(error)
+        raise InputError(f"there is no environment {args.env_id}: {hint}") from None
     except Exception as error:
-        raise InputError(f"{env_id} cannot be made: {type(error).__name__}: {_first_line(error)}") from None
-    if isinstance(space, spaces.Box) and len(space.shape) >= 2 and space.dtype == np.uint8:
-        raise InputError(
-            f"{env_id} observes images {space.shape}; only what flattens to a vector of numbers is supported"
-        )
+        raise InputError(f"{args.env_id} cannot be made: {type(error).__name__}: {_first_line(error)}") from None
+    space, action_space = raw.observation_space, raw.action_space
+    raw.close()
+    if isinstance(space, spaces.Box) and len(space.shape) > 1 and space.dtype.kind == "u":
+        raise InputError(f"{args.env_id} observes images, {space.shape}: only what flattens to a vector is supported")
     if not space.is_np_flattenable:
-        raise InputError(f"{env_id} observes {_first_line(space)}, which does not flatten to a vector of fixed length")
-    if film:
-        try:
-            import moviepy  # noqa: F401
-
-            env = gym.make(env_id, render_mode="rgb_array", disable_env_checker=True)
-            env.reset(seed=0)
-            env.render()
-            env.close()
-        except Exception as error:
-            raise InputError(
-                f"--capture-video needs moviepy and what renders {env_id} "
-                f'(pip install moviepy "gymnasium[classic-control]"): {_first_line(error)}'
-            ) from None
-    return make_env(env_id)
+        raise InputError(f"{args.env_id} observes {_first_line(space)}: that is no vector of fixed length")
+    if args.capture_video:
+        _check_film(args.env_id)
+    return spaces.flatdim(space), action_space
 
 
-def _nearest(env_id: str) -> list[str]:
-    known = {name.lower(): name for name in gym.registry}
-    return [known[name] for name in difflib.get_close_matches(env_id.lower(), known, n=3, cutoff=0.6)]
+def _check_film(env_id: str) -> None:
+    try:
+        if importlib.util.find_spec("moviepy") is None:
+            raise ModuleNotFoundError("moviepy is not installed")
+        env = gym.make(env_id, render_mode="rgb_array", disable_env_checker=True)
+        env.reset(seed=0)
+        env.render()
+        env.close()
+    except Exception as error:
+        packages = 'pip install moviepy "gymnasium[classic-control]"'
+        raise InputError(f"--capture-video cannot film {env_id}: {_first_line(error)} ({packages})") from None
 
 
 def _first_line(message: object) -> str:

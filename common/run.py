@@ -24,48 +24,26 @@ def has_gil() -> bool:
     return getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
-def load_checkpoint(folder: str, script: str) -> dict:
-    """Read `folder`/checkpoint.pt as `Run.save` wrote it.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it cannot be read, or another script wrote it.
-    """
-    path = Path(folder) / "checkpoint.pt"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no checkpoint.pt: give the folder of a run, such as runs/CartPole-v1__..."
-        )
-    try:
-        checkpoint = torch.load(path, weights_only=True)
-        origin = checkpoint["script"]
-    except Exception as error:  # a truncated or foreign file fails in more ways than can be listed
-        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from None
-    if origin != script:
-        raise ValueError(f"{folder} is a run of {origin}.py, not of {script}.py")
-    return checkpoint
-
-
 class Run:
     """The folder of one run and everything that is written into it while it lasts.
 
     Args:
-        script: name of the script, without .py.
-        args: its dataclass of arguments, with `env_id`, `seed`, `total_timesteps`, `log_dir`.
-        metrics: maps each column of metrics.csv, beside `step` and `time`, to its TensorBoard family
+        script: the script's name, without .py.
+        args: its arguments; `resume` names the folder to go on in, otherwise a new one is made.
+        metrics: the columns of metrics.csv beside `step` and `time`, each with its family in TensorBoard
             (`{"policy_loss": "losses", ...}`).
-        facts: what args.json is to hold besides the arguments.
-        resume: the folder of the run to go on with; None makes a new one.
-        step, seconds: where the checkpoint of that run stands. Rows beyond `step` are of episodes that the checkpoint does not
-            know; they are taken out, because they are about to be played again.
+        facts: what args.json holds besides the arguments and the versions.
+        step, seconds: where the checkpoint stands from which the run goes on. Rows beyond `step` belong to episodes
+            that the checkpoint does not know; they are taken out, because they are about to be played again.
     """
 
-    def __init__(self, script, args, metrics, facts, resume=None, step=0, seconds=0.0):
+    def __init__(self, script, args, metrics, facts, step=0, seconds=0.0):
         self.script, self.args, self.families = script, args, metrics
         name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{script}__{args.seed}__{int(time.time())}"
-        self.folder = Path(resume) if resume else _new_folder(Path(args.log_dir) / name)
-        self.started = self.begun = time.monotonic() - seconds  # until start()
+        self.folder = Path(args.resume) if args.resume else _new_folder(Path(args.log_dir) / name)
         self.first_step, self.last_step, self.last_seconds = step, step, seconds
+        self.bar = None
+        self.start()
         self.returns = deque(maxlen=50)
         self.interval_returns, self.interval_lengths = [], []
         versions = {
@@ -81,18 +59,15 @@ class Run:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(self.folder, purge_step=step if resume else None, flush_secs=10)
+            self.tensorboard = SummaryWriter(self.folder, purge_step=step if args.resume else None, flush_secs=10)
         except ImportError:
             self.tensorboard = None
             print("tensorboard is not installed: only the CSV files are written")
-        self.bar = None
 
     def start(self) -> float:
         """Training begins now. Returns the reading of `time.monotonic` that counts as 0 seconds."""
         self.begun = self.last_line = time.monotonic()
         self.started = self.begun - self.last_seconds
-        if sys.stdout.isatty():
-            self.bar = tqdm(total=self.args.total_timesteps, initial=self.first_step, unit=" steps", file=sys.stdout)
         return self.started
 
     def seconds(self) -> float:
@@ -126,7 +101,10 @@ class Run:
     def show_progress(self, step: int) -> None:
         """The progress bar, or now and then a plain line where there is no terminal."""
         mean = f"{np.mean(self.returns):.1f}" if self.returns else "-"
-        if self.bar is not None:
+        if sys.stdout.isatty():
+            if self.bar is None:
+                total = self.args.total_timesteps
+                self.bar = tqdm(total=total, initial=self.first_step, unit=" steps", file=sys.stdout)
             self.bar.set_postfix_str(f"return {mean}", refresh=False)
             self.bar.update(step - self.bar.n)
         elif time.monotonic() - self.last_line >= PLAIN_LINE_SECONDS:
@@ -155,12 +133,11 @@ class Run:
         torch.save(about | tensors | {"random_states": random_states}, temporary)
         os.replace(temporary, self.folder / "checkpoint.pt")
 
-    def finish(self, step: int, evaluation: str) -> None:
+    def finish(self, evaluation: str) -> None:
         """The last line on the terminal."""
-        steps, seconds = step - self.first_step, self.trained_seconds
-        print(
-            f"{self.script}: {steps:,} steps in {seconds:.1f} s ({steps / seconds:,.0f} a second){evaluation}; {self.folder}"
-        )
+        steps, seconds = self.last_step - self.first_step, self.trained_seconds
+        speed = f"{steps:,} steps in {seconds:.1f} s, {steps / seconds:,.0f} steps per second"
+        print(f"{self.script}: {speed}; {evaluation}; {self.folder}")
 
     def close(self) -> None:
         """Training is over: close tables, events and bar. The tables are complete before this, too."""

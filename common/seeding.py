@@ -7,8 +7,8 @@ import torch
 def seed_everything(seed: int, num_generators: int) -> list[np.random.Generator]:
     """Seed torch's global generator and return `num_generators` independent numpy generators.
 
-    All of them are spawned from one `numpy.random.SeedSequence`, so the streams of any two workers, and those of any two
-    seeds, do not overlap. The i-th generator does not depend on how many there are.
+    All of them are spawned from one `numpy.random.SeedSequence`, so that no two of them, and no two seeds, share a
+    stream. The i-th generator does not depend on how many there are.
 
     Args:
         seed: at least 0.

@@ -1,11 +1,11 @@
 """Workers as threads or as processes: one worker function serves both and cannot tell which it is.
 
-Every worker has a pipe of its own to the main thread. It carries what the worker reports, its exception if it fails, and, by
-closing without a word, the news that it was killed. There is no lock and no shared queue, so a worker that dies at any
-moment leaves nothing behind that the others could wait for.
+Every worker has a pipe of its own to the main thread. It carries what the worker reports, its exception if it fails,
+and, by closing without a word, the news that it was killed. There is no lock and no shared queue, so a worker that dies
+at any moment leaves nothing behind that the others could wait for.
 
-`concurrent.futures` was considered: it reports that a process was killed, but not which one, and before Python 3.14 it cannot
-end one that hangs. `torch.multiprocessing.start_processes` does both, but knows neither threads nor messages.
+Why not what exists: `concurrent.futures` reports that a process was killed, but not which one, and before Python 3.14
+it cannot end one that hangs; `torch.multiprocessing.start_processes` does both, but has neither threads nor messages.
 """
 
 import contextlib
@@ -47,16 +47,15 @@ def train(run: Run, target: Callable, arguments: list[tuple], backend: str, shar
 
     Args:
         run: where to log. Its metrics are the columns of `shared.sums`, behind the number of updates.
-        target, arguments, backend: as for `Workers`. A worker's first message says that it is ready; the answer is the time at
-            which training begins. Every other one is an episode: (T, seconds, return, length) and the state of the
-            worker's random generator.
+        target, arguments, backend: as for `Workers`. A worker's messages are its episodes: (T, seconds, return, length)
+            and the state of its random generator.
         shared: has `T()`, `sums`, shape (workers, 1 + metrics), and `stop`, which the workers obey.
         snapshot: returns the tensors, by name, that the checkpoint is to hold.
 
     Returns:
         The exit code: 0, 1 if a worker failed, 130 after Ctrl-C.
     """
-    workers, exit_code, random_states = Workers(target, arguments, backend), 0, {}
+    workers, exit_code, random_states = Workers(backend), 0, {}
     logged, interval = shared.sums.sum(0), run.args.log_interval
 
     def log_episodes(messages: Iterator) -> None:
@@ -79,47 +78,54 @@ def train(run: Run, target: Callable, arguments: list[tuple], backend: str, shar
         run.save(step, snapshot(), random_states)
 
     try:
-        workers.wait_until_ready()
-        workers.broadcast(run.start())
+        workers.launch(target, arguments)
+        workers.start(run.start())
         next_log = shared.T() // interval + 1
         while workers.channels:
             log_episodes(workers.messages(timeout=0.1))
-            if shared.T() >= next_log * interval:
+            if next_log * interval <= shared.T() <= run.args.total_timesteps:
                 log_and_save()
                 next_log = shared.T() // interval + 1
             run.show_progress(shared.T())
     except KeyboardInterrupt:
-        exit_code, message = 130, "interrupted"
-    except WorkerError as error:
-        exit_code, message = 1, str(error)
+        exit_code, cause = 130, "interrupted"
+    except (WorkerError, FloatingPointError) as error:
+        exit_code, cause = 1, str(error)
     finally:  # also on SIGTERM, whose SystemExit goes on from here
         shared.stop.fill_(True)
         log_episodes(workers.join())
         run.show_progress(shared.T())
-        try:
+        with contextlib.suppress(FloatingPointError):  # told already; the last good checkpoint stays
             log_and_save()
-        except FloatingPointError as error:
-            print(error, file=sys.stderr)
         run.close()
     if exit_code:
-        print(f"{run.script}: {message}\n{run.script}: stopped at step {shared.T():,}, {run.folder}", file=sys.stderr)
+        print(f"{run.script}: {cause}\n{run.script}: stopped at step {shared.T():,}; {run.folder}", file=sys.stderr)
     return exit_code
 
 
 class Workers:
-    """One worker for each entry of `arguments`, started as `target(channel, index, *arguments[index])`.
-
-    `channel.send` takes what the worker reports, `channel.recv` returns what `broadcast` sends.
+    """A worker function running as several threads or processes.
 
     Args:
-        target: the worker function, importable by name.
-        arguments: one tuple for each worker; tensors in shared memory stay shared.
         backend: "thread" or "process".
     """
 
-    def __init__(self, target: Callable, arguments: list[tuple], backend: str):
-        self.channels, self.workers = {}, []
+    def __init__(self, backend: str):
         self.is_process = backend == "process"
+        self.workers = []
+        self.channels = {}  # of the workers that have not ended yet, each with its worker's number
+
+    def launch(self, target: Callable, arguments: list[tuple]) -> None:
+        """Start a worker for each entry of `arguments` and wait until all of them are ready.
+
+        Args:
+            target: called as `target(channel, index, *arguments[index])`, importable by name. It calls
+                `channel.wait_for_start()` when it is ready, and `channel.send` with what it reports.
+            arguments: tensors in shared memory stay shared.
+
+        Raises:
+            WorkerError: a worker failed or was killed.
+        """
         context = _process_context() if self.is_process else None
         for index, own_arguments in enumerate(arguments):
             ours, theirs = connection.Pipe()
@@ -133,15 +139,13 @@ class Workers:
                 theirs.close()  # so that ours ends when the process does
             self.channels[ours] = index
             self.workers.append(worker)
+        self.waiting = set(self.channels.values())
+        while self.waiting:
+            for _ in self.messages(timeout=1.0):
+                pass
 
-    def wait_until_ready(self) -> None:
-        """Return when each worker has sent its first message, or raise WorkerError."""
-        waiting = set(range(len(self.workers)))
-        while waiting:
-            waiting -= {index for index, _ in self.messages(timeout=1.0)}
-
-    def broadcast(self, message: object) -> None:
-        """Send the same to every worker."""
+    def start(self, message: object) -> None:
+        """Let `wait_for_start` of every worker return `message`."""
         for channel in self.channels:
             with contextlib.suppress(OSError):  # one that has died is found out by `messages`
                 channel.send(message)
@@ -158,28 +162,30 @@ class Workers:
                 try:
                     kind, content = channel.recv()
                 except (EOFError, OSError):  # closed without a word
-                    kind, content = "killed", self._cause_of_death(index)
+                    kind, content = "failed", self._cause_of_death(index)
                 if kind == "message":
                     yield index, content
+                elif kind == "ready":
+                    self.waiting.discard(index)
                 else:
                     del self.channels[channel]
-                if kind in ("failed", "killed"):
-                    raise WorkerError(content)
-                if kind != "message" or not channel.poll():
+                    if kind == "failed":
+                        raise WorkerError(content)
+                    break
+                if not channel.poll():
                     break
 
     def join(self) -> Iterator[tuple[int, object]]:
         """Wait for the workers to stop, yielding what they still report; then end those that have not stopped."""
-        self.broadcast(None)  # to those that have not started yet
+        self.start(None)  # for those that have not started yet
         deadline = time.monotonic() + GRACE_SECONDS
         while self.channels and (left := deadline - time.monotonic()) > 0:
             with contextlib.suppress(WorkerError):  # the first failure is the one that is told
                 yield from self.messages(left)
-        if self.is_process:
-            for worker in self.workers:
-                if self.channels:
-                    worker.kill()
-                worker.join()
+        for worker in self.workers if self.is_process else ():
+            if self.channels:
+                worker.kill()
+            worker.join()
 
     def _cause_of_death(self, index: int) -> str:
         worker = self.workers[index]
@@ -193,10 +199,16 @@ class _Channel:
     """The worker's end of its pipe."""
 
     def __init__(self, pipe):
-        self.pipe, self.recv = pipe, pipe.recv
+        self._pipe = pipe
+
+    def wait_for_start(self) -> object:
+        """Report that this worker is ready and wait for all others. Returns what `Workers.start` was given."""
+        self._pipe.send(("ready", None))
+        return self._pipe.recv()
 
     def send(self, content: object) -> None:
-        self.pipe.send(("message", content))
+        """Report `content` to the main thread."""
+        self._pipe.send(("message", content))
 
 
 def _run(target: Callable, pipe, index: int, *args) -> None:
@@ -224,7 +236,7 @@ def _end_with_parent() -> None:
 
 
 def _process_context():
-    """A fork server that has imported torch and gymnasium forks a worker in milliseconds; where there is none, spawn."""
+    """A fork server with torch and gymnasium imported forks a worker in milliseconds; where there is none, spawn."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return torch.multiprocessing.get_context("spawn")
     from multiprocessing import forkserver
