@@ -83,7 +83,7 @@ class ActorCritic(nn.Module):
     """The policy pi(a|s; theta) and the value function V(s; theta_v).
 
     A Discrete policy is a softmax. A Box policy is a Gaussian whose mean and variance (a softplus) are outputs of the
-    network, in units in which finite bounds lie at -1 and 1; its draws are clipped to the bounds.
+    network, in units in which the bounds lie at -1 and 1; its draws are clipped to the bounds.
 
     The attribute `theta` is one vector that holds the parameters of both networks, each of which is a view of it: to
     write to `theta` is to change the networks.
@@ -102,9 +102,11 @@ class ActorCritic(nn.Module):
         self.layers = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in linear]
         if not self.discrete:
             low, high = action_space.low.astype(np.float64), action_space.high.astype(np.float64)
-            bounded = np.isfinite(low) & np.isfinite(high)
-            self.center = np.where(bounded, (low + high) / 2, 0.0)
-            self.scale = np.where(bounded, (high - low) / 2, 1.0)
+            low = np.where(
+                np.isfinite(low), low, np.where(np.isfinite(high), high - 2, -1)
+            )  # an open end: two units wide
+            high = np.where(np.isfinite(high), high, low + 2)
+            self.center, self.scale = (low + high) / 2, (high - low) / 2
 
     def act(self, observation: np.ndarray, rng: np.random.Generator | None = None):
         """Draw a ~ pi(a|s; theta) for one observation, shape (observation_size,); without `rng` take the likeliest.

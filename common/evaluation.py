@@ -25,7 +25,7 @@ def evaluate(policy: Callable, args, folder: Path) -> str:
     """
     if not args.eval_episodes:
         return "no evaluation"
-    env = make_env(args.env_id, render_mode="rgb_array" if args.capture_video else None)
+    env = make_env(args.env_id, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     if args.capture_video:
         env = gym.wrappers.RecordVideo(env, str(folder / "videos"), episode_trigger=lambda i: i < FILMED_EPISODES)
     returns = []

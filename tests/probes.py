@@ -1,0 +1,214 @@
+"""Tiny environments whose values are known, and environments that fail in one way each.
+
+Importing this module registers them; `gymnasium.make("probes:Constant-v0")` does so by itself.
+"""
+
+import os
+import signal
+import threading
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+
+class Probe(gym.Env):
+    """Observations of one or two numbers in [-1, 1], two actions; what happens is up to `play`."""
+
+    observation_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+    action_space = spaces.Discrete(2)
+    length = 1  # steps of an episode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        self.first_action = None
+        return self.observe(), {}
+
+    def observe(self):
+        return np.zeros(self.observation_space.shape, np.float32)
+
+    def play(self, action) -> float:
+        """The reward of one step."""
+        return 1.0
+
+    def step(self, action):
+        reward = self.play(action)
+        self.t += 1
+        return self.observe(), reward, self.t == self.length, False, {}
+
+
+class Constant(Probe):
+    """Reward 1, one step: V = 1."""
+
+
+class ByObservation(Probe):
+    """The reward is the observation, -1 or 1, one step: V(s) = s."""
+
+    def observe(self):
+        self.sign = float(self.np_random.choice([-1.0, 1.0]))
+        return np.array([self.sign], np.float32)
+
+    def play(self, action):
+        return self.sign
+
+
+class ByAction(ByObservation):
+    """Reward 1 for action 1 on observation 1 and action 0 on observation -1, otherwise -1."""
+
+    def play(self, action):
+        return 1.0 if action == (self.sign > 0) else -1.0
+
+
+class ByEarlierAction(Probe):
+    """Two steps; the second pays 2 a - 1 for the action a of the first. Best: V = gamma at first, 1 after action 1."""
+
+    observation_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+    length = 2
+
+    def observe(self):
+        return np.array([self.t, self.first_action or 0], np.float32)
+
+    def play(self, action):
+        if self.t == 0:
+            self.first_action = action
+            return 0.0
+        return 2.0 * self.first_action - 1.0
+
+
+class OnlyTruncates(Probe):
+    """Reward 1 a step in a single state, cut off after three steps and never terminal: V = 1 / (1 - gamma)."""
+
+    def step(self, action):
+        self.t += 1
+        return self.observe(), 1.0, False, self.t == 3, {}
+
+
+class Target(Probe):
+    """Two continuous actions with bounds of every kind; the reward is minus the squared distance from (7, -2)."""
+
+    action_space = spaces.Box(np.array([0, -np.inf], np.float32), np.array([10, 3], np.float32))
+
+    def play(self, action):
+        assert self.action_space.contains(action), action
+        return -float((((action - np.array([7.0, -2.0])) / np.array([5.0, 1.0])) ** 2).sum())
+
+
+class Script(Probe):
+    """Random observations and rewards; episodes end by turns in a terminal state and at a time limit.
+
+    `Script.log` holds (observation, action, reward, next observation, terminated, truncated) of every step.
+    """
+
+    observation_space = spaces.Box(-1.0, 1.0, (3,), np.float32)
+    log: list = []  # noqa: RUF012
+    episodes = 0
+
+    def observe(self):
+        if self.t == 0:
+            self.episodes += 1
+            self.length = int(self.np_random.integers(3, 9))
+        self.observation = self.np_random.uniform(-1, 1, 3).astype(np.float32)
+        return self.observation
+
+    def step(self, action):
+        observation, reward = self.observation, float(self.np_random.normal())
+        self.t += 1
+        end, by_limit = self.t == self.length, self.episodes % 2 == 0
+        terminated, truncated = end and not by_limit, end and by_limit
+        Script.log.append((observation, action, reward, self.observe(), terminated, truncated))
+        return self.observation, reward, terminated, truncated, {}
+
+
+class ScriptBox(Script):
+    """`Script` with two continuous actions, without bounds, so that they arrive as they were drawn."""
+
+    action_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+
+
+class DictObservation(Probe):
+    """Observations that have to be flattened."""
+
+    observation_space = spaces.Dict(
+        {
+            "a": spaces.Discrete(3, start=1),
+            "b": spaces.Tuple([spaces.MultiDiscrete([2, 2]), spaces.Box(-1, 1, (2, 2))]),
+        }
+    )
+    action_space = spaces.Discrete(3, start=-1)
+
+    def observe(self):
+        return self.observation_space.sample()
+
+    def play(self, action):
+        assert self.action_space.contains(action), action
+        return 1.0
+
+
+class Images(Probe):
+    observation_space = spaces.Box(0, 255, (84, 84, 3), np.uint8)
+
+
+class Words(Probe):
+    observation_space = spaces.Sequence(spaces.Discrete(3))
+
+
+class ManyActions(Probe):
+    action_space = spaces.MultiDiscrete([2, 2])
+
+
+class IntegerBox(Probe):
+    action_space = spaces.Box(0, 5, (1,), np.int64)
+
+
+class Failing(Probe):
+    """Episodes of 5 steps; `fail` is called in the 40th step of an environment."""
+
+    steps = 0
+    length = 5
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 40:
+            self.fail()
+        return super().step(action)
+
+    def fail(self):
+        raise RuntimeError("the probe broke")
+
+
+class FailsAtReset(Probe):
+    def reset(self, **kwargs):
+        raise RuntimeError("the probe cannot be reset")
+
+
+class Killed(Failing):
+    def fail(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Hangs(Failing):
+    def fail(self):
+        threading.Event().wait()
+
+
+class NotANumber(Failing):
+    """Observes NaN from the 40th step on."""
+
+    def observe(self):
+        return np.full(1, np.nan if self.steps >= 40 else 0.0, np.float32)
+
+    def fail(self):
+        pass
+
+
+class InfiniteReward(Failing):
+    def play(self, action):
+        return np.inf if self.steps >= 40 else 1.0
+
+    def fail(self):
+        pass
+
+
+for cls in [value for value in globals().values() if isinstance(value, type) and issubclass(value, Probe)]:
+    gym.register(f"{cls.__name__}-v0", cls)

@@ -1,0 +1,315 @@
+"""What goes wrong: workers that fail or are killed, Ctrl-C, kill -9 and resuming, NaN, bad input. Nothing may hang."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import torch
+
+import a3c
+from a3c import Args
+from common.inputs import command_line
+
+BACKENDS = pytest.mark.parametrize("backend", ["thread", "process"])
+ENDLESS = (
+    "--total-timesteps",
+    10**9,
+    "--num-workers",
+    2,
+    "--log-interval",
+    500,
+    "--no-anneal-lr",
+    "--learning-rate",
+    1e-4,
+)
+
+
+def load(folder: Path) -> dict:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def check_tables(folder: Path, until: int | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Both tables load, have no gaps in a row and do not go back in time. Returns them."""
+    episodes, metrics = pd.read_csv(folder / "episodes.csv"), pd.read_csv(folder / "metrics.csv")
+    assert list(episodes) == ["step", "time", "worker", "return", "length"]
+    assert {"step", "time", "policy_loss", "value_loss", "entropy", "grad_norm", "learning_rate"} <= set(metrics)
+    for table in (episodes, metrics):
+        assert len(table)
+        assert not table.isna().any().any()
+        assert until is None or table["step"].max() <= until
+    assert metrics["step"].is_monotonic_increasing
+    return episodes, metrics
+
+
+def run_here(tmp_path, capsys, **arguments) -> tuple[int, str, Path]:
+    """main() in this process: exit code, standard error, the run's folder."""
+    code = a3c.main(Args(**({"log_dir": str(tmp_path / "runs"), "num_workers": 2, "log_interval": 10} | arguments)))
+    (folder,) = (tmp_path / "runs").iterdir()
+    return code, capsys.readouterr().err, folder
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    ("env_id", "text"), [("Failing", "RuntimeError: the probe broke"), ("FailsAtReset", "the probe cannot be reset")]
+)
+def test_an_environment_that_raises_ends_the_run(tmp_path, capsys, backend, env_id, text):
+    code, err, folder = run_here(tmp_path, capsys, env_id=f"probes:{env_id}-v0", backend=backend, total_timesteps=10**9)
+    assert code == 1
+    assert "Traceback" in err
+    assert text in err
+    assert "probes.py" in err
+    checkpoint = load(folder)
+    if env_id == "Failing":  # what was learned until then is saved
+        assert 0 < checkpoint["step"] <= 2 * 40
+        check_tables(folder, until=checkpoint["step"])
+
+
+def test_a_killed_worker_ends_the_run(tmp_path, capsys):
+    code, err, folder = run_here(
+        tmp_path, capsys, env_id="probes:Killed-v0", backend="process", total_timesteps=10**9, num_workers=4
+    )
+    assert code == 1
+    assert "was killed by SIGKILL" in err
+    assert load(folder)["step"] > 0
+    check_tables(folder)
+
+
+@BACKENDS
+@pytest.mark.parametrize("env_id", ["NotANumber", "InfiniteReward"])
+def test_nan_stops_the_run_and_spares_the_checkpoint(tmp_path, capsys, backend, env_id):
+    code, err, folder = run_here(tmp_path, capsys, env_id=f"probes:{env_id}-v0", backend=backend, total_timesteps=10**9)
+    assert code == 1
+    assert "the gradient is nan at step" in err or "the gradient is inf at step" in err
+    assert all(tensor.isfinite().all() for tensor in load(folder)["model"].values())
+
+
+def test_parameters_that_overflow_are_never_saved(tmp_path, capsys):
+    code, err, folder = run_here(tmp_path, capsys, total_timesteps=10**9, learning_rate=1e38, num_workers=1)
+    assert code == 1
+    assert "at step" in err
+    if (folder / "checkpoint.pt").exists():
+        assert all(tensor.isfinite().all() for tensor in load(folder)["model"].values())
+
+
+@BACKENDS
+def test_ctrl_c_saves_and_exits_with_130(start, backend):
+    script = start("a3c.py", *ENDLESS, "--backend", backend)
+    folder = script.wait_for_episodes(20)
+    os.killpg(script.process.pid, signal.SIGINT)  # as a terminal does: to every process of the run
+    code, _, err = script.finish(timeout=15)
+    assert code == 130
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    checkpoint = load(folder)
+    episodes, metrics = check_tables(folder, until=checkpoint["step"])
+    assert metrics["step"].iloc[-1] == checkpoint["step"] >= episodes["step"].iloc[-1]
+
+
+@BACKENDS
+def test_ctrl_c_ends_a_run_whose_worker_hangs(start, backend):
+    script = start("a3c.py", *ENDLESS, "--backend", backend, "--env-id", "probes:Hangs-v0")
+    script.wait_for_episodes(2)
+    script.process.send_signal(signal.SIGINT)
+    assert script.finish(timeout=15)[0] == 130
+
+
+def test_sigterm_saves(start):
+    script = start("a3c.py", *ENDLESS)
+    folder = script.wait_for_episodes(20)
+    script.process.terminate()
+    assert script.finish(timeout=15)[0] == 143
+    assert load(folder)["step"] > 0
+
+
+def test_kill_9_then_resume(start):
+    script = start("a3c.py", *ENDLESS)
+    folder = script.wait_for_episodes(100, checkpoint=True)
+    workers = psutil.Process(script.process.pid).children(recursive=True)
+    assert len(workers) >= 3  # the fork server, its resource tracker, two workers
+    script.process.kill()
+    script.process.wait()
+    assert not psutil.wait_procs(workers, timeout=10)[1]  # none outlives the run
+
+    check_tables(folder)
+    before = load(folder)
+    with open(folder / "episodes.csv", "a") as table:  # as if killed within a row, and after rows that were not saved
+        table.write(f"{before['step'] + 1},1.0,0,9,9\n{before['step']},1.")
+    known = pd.read_csv(folder / "episodes.csv").dropna().query(f"step <= {before['step']}").astype({"worker": int})
+
+    target = before["step"] + 3000
+    resumed = start("a3c.py", "--resume", folder, "--total-timesteps", target, "--eval-episodes", 1)
+    code, out, err = resumed.finish()
+    assert code == 0, err
+    assert "greedy return" in out
+    after = load(folder)
+    assert target < after["step"] < target + 100
+    assert after["seconds"] > before["seconds"]
+    episodes, _ = check_tables(folder, until=after["step"])
+    pd.testing.assert_frame_equal(episodes.head(len(known)), known, check_dtype=False)  # nothing lost
+    assert len(episodes) > len(known)
+    assert (episodes["step"].iloc[len(known) :] > before["step"]).all()
+    assert episodes["length"].sum() <= after["step"]
+    assert json.loads((folder / "args.json").read_text())["learning_rate"] == 1e-4  # the run's, not the default
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_resume_continues_from_the_checkpoint(tmp_path, capsys):
+    """A learning rate of almost nothing leaves theta where the checkpoint had it; T, g and the generators go on."""
+    _, _, folder = run_here(tmp_path, capsys, total_timesteps=500, eval_episodes=0)
+    before = load(folder)
+    a3c.main(Args(resume=str(folder), total_timesteps=900, num_workers=3, learning_rate=1e-30, eval_episodes=0))
+    after = load(folder)
+    assert 500 < before["step"] < 900 < after["step"]
+    for name, tensor in before["model"].items():
+        torch.testing.assert_close(after["model"][name], tensor, rtol=0, atol=0)
+    assert (before["g"] > 0).any()
+    assert (after["g"] != before["g"]).any()
+    assert set(before["random_states"]) == {0, 1}
+    assert set(after["random_states"]) == {0, 1, 2}
+    assert before["random_states"][0] != after["random_states"][0]
+
+
+def test_resume_goes_on_with_the_random_numbers(tmp_path, capsys):
+    """The first worker of a resumed run draws what follows the state in the checkpoint."""
+    _, _, folder = run_here(tmp_path, capsys, total_timesteps=500, eval_episodes=0, num_workers=1)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    states = []
+    for path in (folder, copy):
+        a3c.main(Args(resume=str(path), total_timesteps=900, num_workers=1, eval_episodes=0, seed=len(states)))
+        states.append(load(path)["random_states"])
+    assert states[0] == states[1]  # whatever --seed says
+
+
+def test_without_tensorboard_the_tables_are_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    a3c.main(
+        Args(log_dir=str(tmp_path / "runs"), num_workers=1, total_timesteps=300, log_interval=100, eval_episodes=0)
+    )
+    assert "tensorboard is not installed: only the CSV files are written" in capsys.readouterr().out
+    (folder,) = (tmp_path / "runs").iterdir()
+    check_tables(folder)
+    assert not list(folder.glob("events*"))
+
+
+# Bad input: one line that says what is wrong, exit code 2, nothing written
+
+
+@pytest.fixture
+def run_folder(tmp_path, capsys):
+    folder = run_here(tmp_path, capsys, total_timesteps=100, eval_episodes=0, num_workers=1)[2]
+    return folder.rename(tmp_path / "a_run")
+
+
+def refuse(monkeypatch, capsys, tmp_path, *arguments) -> str:
+    """The one line with which a3c.py refuses `arguments`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["a3c.py", *map(str, arguments)])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as exit_info:
+        command_line(a3c.main, Args)
+    assert exit_info.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("a3c: error: ")
+    assert sorted(tmp_path.rglob("*")) == before
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--env-id", "CartPol-v1"), "did you mean CartPole-v1"),
+        (("--env-id", "cartpole-v1"), "did you mean CartPole-v1"),
+        (("--env-id", "CartPole-v99"), "did you mean CartPole-v1"),
+        (("--env-id", "no_such_module:Env-v0"), "no_such_module"),
+        (("--env-id", "probes:NoSuchProbe-v0"), "NoSuchProbe"),
+        (("--env-id", "probes:Images-v0"), "images"),
+        (("--env-id", "probes:Words-v0"), "vector of fixed length"),
+        (("--env-id", "probes:ManyActions-v0"), "MultiDiscrete([2 2])"),
+        (("--env-id", "probes:IntegerBox-v0"), "Box of real numbers"),
+        (("--total-timesteps", 0), "--total-timesteps must be at least 1, not 0"),
+        (("--num-workers", 0), "--num-workers must be at least 1, not 0"),
+        (("--num-workers", -3), "--num-workers must be at least 1, not -3"),
+        (("--t-max", 0), "--t-max must be at least 1"),
+        (("--log-interval", 0), "--log-interval must be at least 1"),
+        (("--eval-episodes", -1), "--eval-episodes must be at least 0"),
+        (("--seed", -1), "--seed must be at least 0"),
+        (("--gamma", 1.1), "--gamma must be between 0 and 1, not 1.1"),
+        (("--gamma", "nan"), "--gamma must be between 0 and 1, not nan"),
+        (("--rmsprop-alpha", -0.1), "--rmsprop-alpha must be between 0 and 1"),
+        (("--learning-rate", 0), "--learning-rate must be above 0"),
+        (("--learning-rate", "inf"), "--learning-rate must be above 0"),
+        (("--ent-coef", "nan"), "--ent-coef must be at least 0, not nan"),
+        (("--max-grad-norm", 0), "--max-grad-norm must be above 0"),
+        (("--capture-video", "--eval-episodes", 0), "--capture-video needs an evaluation"),
+        (("--resume", "nowhere"), "there is no checkpoint.pt in nowhere"),
+        (("--evaluate", "nowhere"), "there is no checkpoint.pt in nowhere"),
+        (("--resume", "here", "--evaluate", "there"), "give one of them"),
+    ],
+)
+def test_bad_input(monkeypatch, capsys, tmp_path, arguments, text):
+    assert text in refuse(monkeypatch, capsys, tmp_path, *arguments)
+
+
+def test_bad_checkpoints(monkeypatch, capsys, tmp_path, run_folder):
+    path = run_folder / "checkpoint.pt"
+    whole, content = path.read_bytes(), load(run_folder)
+
+    def refused(*arguments) -> str:
+        return refuse(monkeypatch, capsys, tmp_path, "--resume", run_folder, *arguments)
+
+    assert "steps already" in refused()
+    assert "is a run on CartPole-v1, not on Acrobot-v1" in refused("--env-id", "Acrobot-v1")
+    for length in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert "damaged or not a checkpoint" in refused()
+    path.write_bytes(b"certainly not a checkpoint" * 100)
+    assert "damaged or not a checkpoint" in refused()
+    torch.save([1, 2, 3], path)
+    assert "damaged or not a checkpoint" in refused()
+    torch.save(content | {"script": "ddpg"}, path)
+    assert "is a run of ddpg.py, not of a3c.py" in refused()
+    torch.save(content | {"model": {"wrong": torch.zeros(1)}}, path)
+    assert "do not fit CartPole-v1" in refused("--total-timesteps", 1000)
+    path.write_bytes(whole)
+    assert "needs an evaluation" in refuse(
+        monkeypatch, capsys, tmp_path, "--evaluate", run_folder, "--eval-episodes", 0
+    )
+
+
+def test_evaluate_repeats_the_evaluation(monkeypatch, capsys, run_folder):
+    monkeypatch.setattr(sys, "argv", ["a3c.py", "--evaluate", str(run_folder), "--eval-episodes", "3"])
+    results = []
+    for _ in range(2):
+        with pytest.raises(SystemExit) as exit_info:
+            command_line(a3c.main, Args)
+        assert exit_info.value.code == 0
+        assert "over 3 episodes" in capsys.readouterr().out
+        results.append(json.loads((run_folder / "evaluation.json").read_text()))
+    assert results[0] == results[1]
+    assert results[0]["mean_return"] == pytest.approx(np.mean(results[0]["returns"]))
+    assert len(results[0]["returns"]) == results[0]["episodes"] == 3
+
+
+def test_capture_video_films_the_evaluation(monkeypatch, capsys, run_folder):
+    pytest.importorskip("moviepy")
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    monkeypatch.setattr(
+        sys, "argv", ["a3c.py", "--evaluate", str(run_folder), "--eval-episodes", "1", "--capture-video"]
+    )
+    with pytest.raises(SystemExit) as exit_info:
+        command_line(a3c.main, Args)
+    assert exit_info.value.code == 0
+    (video,) = (run_folder / "videos").glob("*.mp4")
+    assert video.stat().st_size > 1000
+
+
+def test_capture_video_says_what_it_needs(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install moviepy" in refuse(monkeypatch, capsys, tmp_path, "--capture-video")
