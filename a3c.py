@@ -1,9 +1,7 @@
 """A3C, asynchronous advantage actor-critic (Mnih et al. 2016, Asynchronous Methods for Deep Reinforcement Learning).
 
 Several workers, each with an environment and parameters theta' of its own, update one shared network theta without
-waiting for each other.
-
-    python a3c.py --num-workers 8
+waiting for each other. To begin with: python a3c.py --num-workers 8
 """
 
 import math
@@ -31,7 +29,7 @@ class Args:
     env_id: str = "CartPole-v1"
     """environment: any id that gymnasium.make takes, `module:Env-v0` included"""
     seed: int = 1
-    """seed of everything random; with one worker it repeats a run exactly"""
+    """seed of everything random; with one worker, the same seed gives the same run"""
     total_timesteps: int = 200_000
     """T_max: environment steps of all workers together"""
     num_workers: int = 8
@@ -67,7 +65,7 @@ class Args:
     evaluate: str | None = None
     """a run's folder: do not train, evaluate its checkpoint"""
     resume: str | None = None
-    """a run's folder: go on from its checkpoint, in the same folder, to the total timesteps"""
+    """a run's folder: go on from its checkpoint, with its arguments, in the same folder, to --total-timesteps"""
 
 
 def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
@@ -102,10 +100,9 @@ class ActorCritic(nn.Module):
         self.layers = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in linear]
         if not self.discrete:
             low, high = action_space.low.astype(np.float64), action_space.high.astype(np.float64)
-            low = np.where(
-                np.isfinite(low), low, np.where(np.isfinite(high), high - 2, -1)
-            )  # an open end: two units wide
-            high = np.where(np.isfinite(high), high, low + 2)
+            has_low, has_high = np.abs(low) < 1e9, np.abs(high) < 1e9  # beyond that, no bound is meant
+            low = np.where(has_low, low, np.where(has_high, high - 2, -1))
+            high = np.where(has_high, high, low + 2)
             self.center, self.scale = (low + high) / 2, (high - low) / 2
 
     def act(self, observation: np.ndarray, rng: np.random.Generator | None = None):
@@ -238,7 +235,11 @@ class Shared:
 
 
 def worker(channel, index: int, args: Args, shared: Shared, rng: np.random.Generator) -> None:
-    """One worker of algorithm S3, as a thread or a process. `channel` takes a report of every episode."""
+    """One worker of algorithm S3, a thread or a process. It reports every episode through `channel`.
+
+    Raises:
+        FloatingPointError: a gradient is not finite; theta is left as it was.
+    """
     torch.set_num_threads(1)
     env = make_env(args.env_id)
     model, optimizer = ActorCritic(env.observation_space.shape[0], env.action_space), shared.optimizer

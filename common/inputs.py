@@ -46,6 +46,9 @@ def command_line(main: Callable, arguments_class: type) -> NoReturn:
     except InputError as error:
         print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before or after the training, which has its own way to end
+        print(f"{script}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def check_args(args) -> None:

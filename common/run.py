@@ -74,12 +74,14 @@ class Run:
         """Seconds of training so far."""
         return time.monotonic() - self.started
 
-    def log_episode(self, step: int, seconds: float, worker: int, episode_return: float, length: int) -> None:
-        """One row of episodes.csv."""
-        self.episodes.writerow((step, f"{seconds:.3f}", worker, f"{episode_return:.6g}", length))
-        self.returns.append(episode_return)
-        self.interval_returns.append(episode_return)
-        self.interval_lengths.append(length)
+    def log_episodes(self, episodes: list[tuple[int, float, int, float, int]]) -> None:
+        """Rows of episodes.csv, (step, seconds, worker, return, length) each."""
+        for step, seconds, worker, episode_return, length in episodes:
+            self.episodes.writerow((step, f"{seconds:.3f}", worker, f"{episode_return:.6g}", length))
+            self.returns.append(episode_return)
+            self.interval_returns.append(episode_return)
+            self.interval_lengths.append(length)
+        self.episodes.flush()
 
     def log_metrics(self, step: int, values: dict[str, float]) -> None:
         """One row of metrics.csv, with `values` by column, and the same for TensorBoard."""
@@ -88,6 +90,7 @@ class Run:
         self.last_step, self.last_seconds = step, seconds
         row = [f"{values[name]:.6g}" for name in self.families]
         self.metrics.writerow((step, f"{seconds:.3f}", *row, f"{speed:.0f}"))
+        self.metrics.flush()
         if self.tensorboard:
             scalars = {f"{family}/{name}": values[name] for name, family in self.families.items()}
             scalars["charts/SPS"] = speed
@@ -144,18 +147,19 @@ class Run:
         self.trained_seconds = time.monotonic() - self.begun
         if self.bar is not None:
             self.bar.close()
-        self.episodes.file.close()
-        self.metrics.file.close()
+        self.episodes.close()
+        self.metrics.close()
         if self.tensorboard:
             self.tensorboard.close()
 
 
 class _Table:
-    """A CSV file whose rows are on disk as soon as they are written."""
+    """A CSV file. What has been flushed is safe from kill -9."""
 
-    def __init__(self, file):
-        self.file = file
+    def __init__(self, path: Path):
+        file = open(path, "a", newline="")  # noqa: SIM115
         self.writerow = csv.writer(file, lineterminator="\n").writerow
+        self.flush, self.close = file.flush, file.close
 
 
 def _open_table(path: Path, columns: tuple[str, ...], step: int) -> _Table:
@@ -167,7 +171,7 @@ def _open_table(path: Path, columns: tuple[str, ...], step: int) -> _Table:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("\n".join(kept) + "\n")
     os.replace(temporary, path)
-    return _Table(open(path, "a", buffering=1, newline=""))
+    return _Table(path)
 
 
 def _new_folder(path: Path) -> Path:

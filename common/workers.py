@@ -65,8 +65,7 @@ def train(run: Run, target: Callable, arguments: list[tuple], backend: str, shar
                 rows.append((step, seconds, index, *rest))
                 random_states[index] = random_state
         finally:
-            for row in sorted(rows):
-                run.log_episode(*row)
+            run.log_episodes(sorted(rows))
 
     def log_and_save() -> None:
         nonlocal logged

@@ -103,7 +103,7 @@ def test_ctrl_c_saves_and_exits_with_130(start, backend):
     script = start("a3c.py", *ENDLESS, "--backend", backend)
     folder = script.wait_for_episodes(20)
     os.killpg(script.process.pid, signal.SIGINT)  # as a terminal does: to every process of the run
-    code, _, err = script.finish(timeout=15)
+    code, _, err = script.finish()
     assert code == 130
     assert "interrupted" in err
     assert "Traceback" not in err
@@ -117,14 +117,14 @@ def test_ctrl_c_ends_a_run_whose_worker_hangs(start, backend):
     script = start("a3c.py", *ENDLESS, "--backend", backend, "--env-id", "probes:Hangs-v0")
     script.wait_for_episodes(2)
     script.process.send_signal(signal.SIGINT)
-    assert script.finish(timeout=15)[0] == 130
+    assert script.finish()[0] == 130
 
 
 def test_sigterm_saves(start):
     script = start("a3c.py", *ENDLESS)
     folder = script.wait_for_episodes(20)
     script.process.terminate()
-    assert script.finish(timeout=15)[0] == 143
+    assert script.finish()[0] == 143
     assert load(folder)["step"] > 0
 
 
