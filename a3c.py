@@ -23,6 +23,8 @@ from common.run import Run
 from common.seeding import seed_everything
 from common.workers import choose_backend, train
 
+MIN_VARIANCE = 0.01  # of a Gaussian policy: the smaller the variance, the larger the gradients
+
 
 @dataclass
 class Args:
@@ -36,23 +38,23 @@ class Args:
     """workers, each with an environment of its own"""
     backend: Literal["auto", "thread", "process"] = "auto"
     """what a worker is; auto: threads for one worker or where Python has no GIL, processes otherwise"""
-    t_max: int = 20
+    t_max: int = 32
     """steps of a worker between two updates, fewer at the end of an episode"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     """eta at the beginning"""
     anneal_lr: bool = True
     """lower the learning rate linearly to zero over the total timesteps"""
     gamma: float = 0.99
     """discount factor"""
-    ent_coef: float = 0.01
+    ent_coef: float = 0.001
     """beta: weight of the entropy bonus"""
     vf_coef: float = 0.5
     """weight of the squared value error"""
-    max_grad_norm: float = 40.0
-    """gradients longer than this are shortened to it"""
+    max_grad_norm: float = 1000.0
+    """longer gradients are shortened to this; mind that they are sums over a segment, not means"""
     rmsprop_alpha: float = 0.99
     """decay of RMSProp's mean of squared gradients"""
-    rmsprop_eps: float = 1e-5
+    rmsprop_eps: float = 0.1
     """RMSProp's epsilon, inside of the root"""
     log_interval: int = 5_000
     """steps between two rows of metrics.csv; the checkpoint is renewed as often"""
@@ -80,7 +82,7 @@ def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
 class ActorCritic(nn.Module):
     """The policy pi(a|s; theta) and the value function V(s; theta_v).
 
-    A Discrete policy is a softmax. A Box policy is a Gaussian whose mean and variance (a softplus) are outputs of the
+    A Discrete policy is a softmax. A Box policy is a Gaussian whose mean and variance (softplus) are outputs of the
     network, in units in which the bounds lie at -1 and 1; its draws are clipped to the bounds.
 
     The attribute `theta` is one vector that holds the parameters of both networks, each of which is a view of it: to
@@ -118,7 +120,9 @@ class ActorCritic(nn.Module):
         if self.discrete:  # argmax of the logits plus Gumbel noise (minus the log of an exponential variable): a draw
             return int((x if rng is None else x - np.log(rng.standard_exponential(len(x)))).argmax())
         mean, raw_variance = np.split(x, 2)
-        return mean if rng is None else mean + np.sqrt(np.logaddexp(0, raw_variance)) * rng.standard_normal(len(mean))
+        if rng is None:
+            return mean
+        return mean + np.sqrt(np.logaddexp(0, raw_variance) + MIN_VARIANCE) * rng.standard_normal(len(mean))
 
     def to_env(self, action):
         """The environment's action for one that `act` returned."""
@@ -138,7 +142,7 @@ class ActorCritic(nn.Module):
             log_prob = log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
             return log_prob, -(log_probs.exp() * log_probs).sum(-1)
         mean, raw_variance = outputs.chunk(2, dim=-1)
-        variance = F.softplus(raw_variance)
+        variance = F.softplus(raw_variance) + MIN_VARIANCE
         log_scale = 0.5 * torch.log(2 * math.pi * variance)
         return -(0.5 * (actions - mean).square() / variance + log_scale).sum(-1), (0.5 + log_scale).sum(-1)
 
@@ -281,6 +285,7 @@ def worker(channel, index: int, args: Args, shared: Shared, rng: np.random.Gener
             channel.send((row, rng.bit_generator.state))
             observations[0], _ = env.reset()
             episode_return, episode_length = 0.0, 0
+    channel.send((None, rng.bit_generator.state))
     env.close()
 
 

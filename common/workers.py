@@ -47,8 +47,8 @@ def train(run: Run, target: Callable, arguments: list[tuple], backend: str, shar
 
     Args:
         run: where to log. Its metrics are the columns of `shared.sums`, behind the number of updates.
-        target, arguments, backend: as for `Workers`. A worker's messages are its episodes: (T, seconds, return, length)
-            and the state of its random generator.
+        target, arguments, backend: as for `Workers`. A worker's messages are an episode's row, (T, seconds, return,
+            length), or None when it ends, and the state of its random generator.
         shared: has `T()`, `sums`, shape (workers, 1 + metrics), and `stop`, which the workers obey.
         snapshot: returns the tensors, by name, that the checkpoint is to hold.
 
@@ -61,9 +61,11 @@ def train(run: Run, target: Callable, arguments: list[tuple], backend: str, shar
     def log_episodes(messages: Iterator) -> None:
         rows = []
         try:
-            for index, ((step, seconds, *rest), random_state) in messages:
-                rows.append((step, seconds, index, *rest))
+            for index, (row, random_state) in messages:
                 random_states[index] = random_state
+                if row:
+                    step, seconds, *rest = row
+                    rows.append((step, seconds, index, *rest))
         finally:
             run.log_episodes(sorted(rows))
 
