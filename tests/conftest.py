@@ -19,7 +19,13 @@ class Script:
         command = [sys.executable, str(ROOT / name), *map(str, arguments), "--log-dir", str(log_dir)]
         self.log_dir = log_dir
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's "&" ignores it
         )
 
     def finish(self, timeout: float = 60) -> tuple[int, str, str]:
