@@ -105,11 +105,11 @@ class Run:
         """The progress bar, or now and then a plain line where there is no terminal."""
         mean = f"{np.mean(self.returns):.1f}" if self.returns else "-"
         if sys.stdout.isatty():
+            total = self.args.total_timesteps
             if self.bar is None:
-                total = self.args.total_timesteps
                 self.bar = tqdm(total=total, initial=self.first_step, unit=" steps", file=sys.stdout)
             self.bar.set_postfix_str(f"return {mean}", refresh=False)
-            self.bar.update(step - self.bar.n)
+            self.bar.update(min(step, total) - self.bar.n)
         elif time.monotonic() - self.last_line >= PLAIN_LINE_SECONDS:
             self.last_line = time.monotonic()
             speed = (step - self.first_step) / (time.monotonic() - self.begun)

@@ -376,6 +376,13 @@ def test_smoke_environments(tmp_path, env_id, backend):
     assert ":" not in folder.name
 
 
+def test_smoke_spawned_processes(tmp_path, monkeypatch):
+    """Where there is no fork server (Windows), workers are spawned."""
+    monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
+    _, checkpoint = train(tmp_path, num_workers=2, backend="process", total_timesteps=200)
+    assert checkpoint["step"] > 200
+
+
 def test_smoke_options(tmp_path):
     folder, _ = train(tmp_path, total_timesteps=500, anneal_lr=False, t_max=1, gamma=1.0, log_interval=100, seed=7)
     rates = {row["learning_rate"] for row in read(folder / "metrics.csv")}

@@ -161,7 +161,7 @@ def test_kill_9_then_resume(start):
 
 
 def test_resume_continues_from_the_checkpoint(tmp_path, capsys):
-    """A learning rate of almost nothing leaves theta where the checkpoint had it, alpha 1 leaves g; the rest goes on."""
+    """A learning rate of almost nothing leaves theta as the checkpoint had it, alpha 1 leaves g; the rest goes on."""
     _, _, folder = run_here(tmp_path, capsys, total_timesteps=500, eval_episodes=0)
     before = load(folder)
     frozen = {"learning_rate": 1e-30, "rmsprop_alpha": 1.0}
