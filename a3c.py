@@ -119,7 +119,7 @@ class ActorCritic(nn.Module):
         x = weight @ x + bias
         if self.discrete:  # argmax of the logits plus Gumbel noise (minus the log of an exponential variable): a draw
             return int((x if rng is None else x - np.log(rng.standard_exponential(len(x)))).argmax())
-        mean, raw_variance = np.split(x, 2)
+        mean, raw_variance = x[: len(x) // 2], x[len(x) // 2 :]
         if rng is None:
             return mean
         return mean + np.sqrt(np.logaddexp(0, raw_variance) + MIN_VARIANCE) * rng.standard_normal(len(mean))
@@ -128,8 +128,8 @@ class ActorCritic(nn.Module):
         """The environment's action for one that `act` returned."""
         if self.discrete:
             return int(self.space.start) + action
-        action = self.center + self.scale * action.reshape(self.space.shape)
-        return np.clip(action.astype(self.space.dtype), self.space.low, self.space.high)
+        action = (self.center + self.scale * action.reshape(self.space.shape)).astype(self.space.dtype)
+        return np.minimum(np.maximum(action, self.space.low), self.space.high)
 
     def log_prob_and_entropy(self, observations: torch.Tensor, actions: torch.Tensor):
         """log pi(a|s; theta) and the entropy H[pi(.|s; theta)], two tensors of shape (n,).

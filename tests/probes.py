@@ -182,6 +182,12 @@ class FailsAtReset(Probe):
         raise RuntimeError("the probe cannot be reset")
 
 
+class Endless(Probe):
+    """A single episode without an end."""
+
+    length = -1
+
+
 class Killed(Failing):
     def fail(self):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -128,14 +128,22 @@ def test_sigterm_saves(start):
     assert load(folder)["step"] > 0
 
 
+def test_no_worker_outlives_a_killed_run(start):
+    """Not even one that has nothing to report."""
+    script = start("a3c.py", *ENDLESS, "--env-id", "probes:Endless-v0", "--backend", "process")
+    script.wait_for_episodes(0, checkpoint=True)
+    children = psutil.Process(script.process.pid).children(recursive=True)
+    assert len(children) >= 3  # the fork server and two workers
+    script.process.kill()
+    script.process.wait()
+    assert not psutil.wait_procs(children, timeout=20)[1]
+
+
 def test_kill_9_then_resume(start):
     script = start("a3c.py", *ENDLESS)
     folder = script.wait_for_episodes(100, checkpoint=True)
-    workers = psutil.Process(script.process.pid).children(recursive=True)
-    assert len(workers) >= 3  # the fork server, its resource tracker, two workers
     script.process.kill()
     script.process.wait()
-    assert not psutil.wait_procs(workers, timeout=10)[1]  # none outlives the run
 
     check_tables(folder)
     before = load(folder)
