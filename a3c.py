@@ -315,7 +315,7 @@ def main(args: Args) -> int:
         return model.to_env(model.act(observation))
 
     if args.evaluate:
-        print(f"a3c: {evaluate(greedy_policy, args, Path(args.evaluate))}; {args.evaluate}")
+        print(f"a3c: {evaluate(greedy_policy, args, Path(args.evaluate))[0]}; {args.evaluate}")
         return 0
     if shared.T() > args.total_timesteps:
         raise InputError(f"{args.resume} has done {shared.T():,} steps already: give more with --total-timesteps")
@@ -329,7 +329,7 @@ def main(args: Args) -> int:
     print(f"a3c: {args.env_id}, {args.num_workers} workers, backend {backend} ({reason}), {run.folder}", flush=True)
     exit_code = train(run, worker, [(args, shared, rng) for rng in generators], backend, shared, snapshot)
     if exit_code == 0:
-        run.finish(evaluate(greedy_policy, args, run.folder))
+        run.finish(*evaluate(greedy_policy, args, run.folder))
     return exit_code
 
 

@@ -12,7 +12,7 @@ from common.inputs import make_env
 FILMED_EPISODES = 3
 
 
-def evaluate(policy: Callable, args, folder: Path) -> str:
+def evaluate(policy: Callable, args, folder: Path) -> tuple[str, float | None]:
     """Play `args.eval_episodes` episodes on a fresh environment and write evaluation.json into `folder`.
 
     Args:
@@ -21,10 +21,10 @@ def evaluate(policy: Callable, args, folder: Path) -> str:
         folder: the run's.
 
     Returns:
-        The result in one line.
+        The result in one line, and the mean return, None without episodes.
     """
     if not args.eval_episodes:
-        return "no evaluation"
+        return "no evaluation", None
     env = make_env(args.env_id, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     if args.capture_video:
         env = gym.wrappers.RecordVideo(env, str(folder / "videos"), episode_trigger=lambda i: i < FILMED_EPISODES)
@@ -45,4 +45,4 @@ def evaluate(policy: Callable, args, folder: Path) -> str:
     verdict = ""
     if threshold is not None:
         verdict = f", {'solved' if mean >= threshold else 'not solved'} (threshold {threshold:g})"
-    return f"greedy return {mean:.1f} ± {std:.1f} over {args.eval_episodes} episodes{verdict}"
+    return f"greedy return {mean:.1f} ± {std:.1f} over {args.eval_episodes} episodes{verdict}", mean

@@ -136,21 +136,25 @@ class Run:
         torch.save(about | tensors | {"random_states": random_states}, temporary)
         os.replace(temporary, self.folder / "checkpoint.pt")
 
-    def finish(self, evaluation: str) -> None:
-        """The last line on the terminal."""
+    def finish(self, evaluation: str, mean_return: float | None) -> None:
+        """The last line on the terminal, and the evaluation for TensorBoard; takes what `evaluate` returns."""
         steps, seconds = self.last_step - self.first_step, self.trained_seconds
         speed = f"{steps:,} steps in {seconds:.1f} s, {steps / seconds:,.0f} steps per second"
         print(f"{self.script}: {speed}; {evaluation}; {self.folder}")
+        if self.tensorboard:
+            if mean_return is not None:
+                self.tensorboard.add_scalar("eval/mean_return", mean_return, self.last_step)
+            self.tensorboard.close()
 
     def close(self) -> None:
-        """Training is over: close tables, events and bar. The tables are complete before this, too."""
+        """Training is over: close tables and bar. What has been logged is on disk before this, too."""
         self.trained_seconds = time.monotonic() - self.begun
         if self.bar is not None:
             self.bar.close()
         self.episodes.close()
         self.metrics.close()
         if self.tensorboard:
-            self.tensorboard.close()
+            self.tensorboard.flush()
 
 
 class _Table:

@@ -23,6 +23,7 @@ import torch.multiprocessing
 
 from common.run import Run, has_gil
 
+POLL_SECONDS = 0.05  # between two looks at what the workers have sent
 GRACE_SECONDS = 2.0  # how long workers may take to stop before they are made to
 MESSAGES_AT_ONCE = 500  # of one worker, before the next one's turn
 
@@ -55,7 +56,7 @@ def train(run: Run, target: Callable, arguments: list[tuple], backend: str, shar
     Returns:
         The exit code: 0, 1 if a worker failed, 130 after Ctrl-C.
     """
-    workers, exit_code, random_states = Workers(backend), 0, {}
+    workers, exit_code, cause, random_states = Workers(backend), 0, "", {}
     logged, interval = shared.sums.sum(0), run.args.log_interval
 
     def log_episodes(messages: Iterator) -> None:
@@ -83,7 +84,8 @@ def train(run: Run, target: Callable, arguments: list[tuple], backend: str, shar
         workers.start(run.start())
         next_log = shared.T() // interval + 1
         while workers.channels:
-            log_episodes(workers.messages(timeout=0.1))
+            time.sleep(POLL_SECONDS)  # rather than wake up for every single message
+            log_episodes(workers.messages(timeout=0))
             if next_log * interval <= shared.T() <= run.args.total_timesteps:
                 log_and_save()
                 next_log = shared.T() // interval + 1
@@ -96,8 +98,10 @@ def train(run: Run, target: Callable, arguments: list[tuple], backend: str, shar
         shared.stop.fill_(True)
         log_episodes(workers.join())
         run.show_progress(shared.T())
-        with contextlib.suppress(FloatingPointError):  # told already; the last good checkpoint stays
+        try:
             log_and_save()
+        except FloatingPointError as error:  # the last good checkpoint stays
+            exit_code, cause = exit_code or 1, cause or str(error)
         run.close()
     if exit_code:
         print(f"{run.script}: {cause}\n{run.script}: stopped at step {shared.T():,}; {run.folder}", file=sys.stderr)

@@ -383,6 +383,20 @@ def test_smoke_spawned_processes(tmp_path, monkeypatch):
     assert checkpoint["step"] > 200
 
 
+def test_smoke_tensorboard(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder, checkpoint = train(tmp_path, total_timesteps=1000, log_interval=200, eval_episodes=1)
+    events = accumulator.EventAccumulator(str(folder)).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/learning_rate"} <= tags
+    assert {"losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/grad_norm", "eval/mean_return"} <= tags
+    rows = read(folder / "metrics.csv")
+    logged = events.Scalars("losses/entropy")
+    assert [event.step for event in logged] == [int(row["step"]) for row in rows]
+    np.testing.assert_allclose([event.value for event in logged], [float(row["entropy"]) for row in rows], rtol=1e-5)
+    assert int(rows[-1]["step"]) == checkpoint["step"]
+
+
 def test_smoke_options(tmp_path):
     folder, _ = train(tmp_path, total_timesteps=500, anneal_lr=False, t_max=1, gamma=1.0, log_interval=100, seed=7)
     rates = {row["learning_rate"] for row in read(folder / "metrics.csv")}

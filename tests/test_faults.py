@@ -98,6 +98,13 @@ def test_parameters_that_overflow_are_never_saved(tmp_path, capsys):
         assert all(tensor.isfinite().all() for tensor in load(folder)["model"].values())
 
 
+def test_parameters_that_overflow_in_the_last_update_are_not_evaluated(tmp_path, capsys):
+    code, err, folder = run_here(tmp_path, capsys, total_timesteps=1, learning_rate=1e38, num_workers=1)
+    assert code == 1
+    assert "model is not finite at step" in err
+    assert not (folder / "evaluation.json").exists()
+
+
 @BACKENDS
 def test_ctrl_c_saves_and_exits_with_130(start, backend):
     script = start("a3c.py", *ENDLESS, "--backend", backend)
