@@ -23,7 +23,8 @@ from common.run import Run
 from common.seeding import seed_everything
 from common.workers import choose_backend, train
 
-MIN_VARIANCE = 0.01  # of a Gaussian policy: the smaller the variance, the larger the gradients
+SCRIPT = Path(__file__).stem
+MIN_VARIANCE = 0.01  # added to a Gaussian policy's variance: the smaller that is, the larger the gradients
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Args:
     evaluate: str | None = None
     """a run's folder: do not train, evaluate its checkpoint"""
     resume: str | None = None
-    """a run's folder: go on from its checkpoint, with its arguments, in the same folder, to --total-timesteps"""
+    """a run's folder: go on from its checkpoint, with its arguments, to --total-timesteps (annealing follows that)"""
 
 
 def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
@@ -82,11 +83,11 @@ def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
 class ActorCritic(nn.Module):
     """The policy pi(a|s; theta) and the value function V(s; theta_v).
 
-    A Discrete policy is a softmax. A Box policy is a Gaussian whose mean and variance (softplus) are outputs of the
-    network, in units in which the bounds lie at -1 and 1; its draws are clipped to the bounds.
+    A Discrete policy is a softmax. A Box policy is a Gaussian whose mean and variance (a softplus, plus MIN_VARIANCE)
+    are outputs of the network, in units in which the bounds lie at -1 and 1; its draws are clipped to the bounds.
 
-    The attribute `theta` is one vector that holds the parameters of both networks, each of which is a view of it: to
-    write to `theta` is to change the networks.
+    The attribute `theta` is one vector with the lecture's theta and theta_v, of which every parameter is a view: to
+    write to it is to change the networks.
     """
 
     def __init__(self, observation_size: int, action_space: spaces.Space):
@@ -166,7 +167,9 @@ def n_step_returns(rewards: list[float], bootstrap: float, gamma: float) -> torc
 
 
 def a3c_loss(model: ActorCritic, observations, actions, rewards: list[float], terminated: bool, args: Args):
-    """The loss of a segment of n steps; its gradient is the sum over the steps that the lecture accumulates.
+    """The loss of a segment of n steps (Mnih et al. 2016, algorithm S3, with the entropy bonus of section 4).
+
+    Its gradient is what the lecture accumulates: minus d theta, with the entropy bonus, and vf_coef times d theta_v.
 
     Args:
         model: theta' and theta'_v.
@@ -187,11 +190,11 @@ def a3c_loss(model: ActorCritic, observations, actions, rewards: list[float], te
     assert values.shape == (n + 1,), values.shape
     assert returns.shape == log_prob.shape == entropy.shape == (n,), (returns.shape, log_prob.shape, entropy.shape)
     advantages = returns - values[:-1]
-    # d theta <- d theta + grad log pi(a_i|s_i; theta') (R - V(s_i; theta'_v)), to be ascended; R - V is a constant here
+    # d theta <- d theta + grad log pi(a_i|s_i; theta') (R - V(s_i; theta'_v)); minus: a loss; R - V is a constant here
     policy_loss = -(log_prob * advantages.detach()).sum()
     # d theta_v <- d theta_v + d (R - V(s_i; theta'_v))^2 / d theta'_v
     value_loss = advantages.square().sum()
-    # L_actor = -(R - V(s)) log pi(a|s) - beta H[pi(a|s)]
+    # L_actor = -(R - V(s)) log pi(a|s) - beta H[pi(a|s)], and the critic's loss
     loss = policy_loss - args.ent_coef * entropy.sum() + args.vf_coef * value_loss
     return loss, (torch.stack([policy_loss, value_loss, entropy.sum(), values[:-1].sum()]) / n).tolist()
 
@@ -229,7 +232,7 @@ class Shared:
 
     def __init__(self, theta: torch.Tensor, args: Args):
         self.optimizer = SharedRMSProp(theta, args.rmsprop_alpha, args.rmsprop_eps)
-        self.steps = torch.zeros(args.num_workers, dtype=torch.int64).share_memory_()  # t of each worker
+        self.steps = torch.zeros(args.num_workers, dtype=torch.int64).share_memory_()  # t of each
         self.sums = torch.zeros(args.num_workers, 1 + len(METRICS), dtype=torch.float64).share_memory_()
         self.stop = torch.zeros((), dtype=torch.bool).share_memory_()
 
@@ -255,26 +258,31 @@ def worker(channel, index: int, args: Args, shared: Shared, rng: np.random.Gener
     start_time = channel.wait_for_start()
 
     while (T := shared.T()) <= args.total_timesteps and not shared.stop:  # until T > T_max
-        # theta' = theta and theta'_v = theta_v; d theta and d theta_v are made anew below
-        model.theta.copy_(optimizer.theta)
+        # d theta <- 0 and d theta_v <- 0: nothing to do, the gradients of a segment are taken at once below
+        model.theta.copy_(optimizer.theta)  # theta' = theta and theta'_v = theta_v
         actions, rewards, terminated, truncated = [], [], False, False
-        while not (terminated or truncated) and len(rewards) < args.t_max:  # until terminal s_t or t - t_start == t_max
-            n = len(rewards)
+        n = 0  # t - t_start; s_t is observations[n]
+        while not (terminated or truncated) and n < args.t_max:  # until terminal s_t (or time limit) or n == t_max
             action = model.act(observations[n], rng)  # perform a_t according to pi(a_t|s_t; theta')
+            # receive reward r_t and new state s_{t+1}
             observations[n + 1], reward, terminated, truncated, _ = env.step(model.to_env(action))
             actions.append(action)
             rewards.append(float(reward))
+            n += 1
             t += 1  # t <- t + 1, and with it T <- T + 1
-        n = len(rewards)
 
+        # R, and for i in {t - 1, ..., t_start} the gradients
         tensors = torch.from_numpy(observations[: n + 1]), torch.from_numpy(np.array(actions, model.action_dtype))
         loss, means = a3c_loss(model, *tensors, rewards, terminated, args)
         d_theta = parameters_to_vector(torch.autograd.grad(loss, parameters))
         norm = d_theta.norm().item()
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient is {norm} at step {T + n:,}: a lower --learning-rate may help")
-        d_theta *= min(1.0, args.max_grad_norm / max(norm, 1e-12))
-        learning_rate = args.learning_rate * (max(0.0, 1 - T / args.total_timesteps) if args.anneal_lr else 1.0)
+            healthy = np.isfinite(observations[: n + 1]).all() and np.isfinite(rewards).all()
+            hint = "a lower --learning-rate may help" if healthy else "so is what the environment returned"
+            raise FloatingPointError(f"the gradient is {norm} at step {T + n:,}; {hint}")
+        if norm > args.max_grad_norm:
+            d_theta *= args.max_grad_norm / norm
+        learning_rate = args.learning_rate * (1 - T / args.total_timesteps if args.anneal_lr else 1.0)
         optimizer.step(d_theta, learning_rate)  # asynchronous update of theta using d theta, theta_v using d theta_v
         sums += (1, *means, norm, learning_rate)
 
@@ -292,7 +300,7 @@ def worker(channel, index: int, args: Args, shared: Shared, rng: np.random.Gener
 def main(args: Args) -> int:
     """Train, go on training or only evaluate, as `args` says. Returns the exit code."""
     check_args(args)
-    checkpoint = read_checkpoint(args, "a3c")
+    checkpoint = read_checkpoint(args, SCRIPT)
     observation_size, space = check_env(args, checkpoint)
     if not (isinstance(space, spaces.Discrete) or (isinstance(space, spaces.Box) and space.dtype.kind == "f")):
         raise InputError(f"{args.env_id} takes actions {space}: this A3C needs Discrete ones or a Box of real numbers")
@@ -315,7 +323,7 @@ def main(args: Args) -> int:
         return model.to_env(model.act(observation))
 
     if args.evaluate:
-        print(f"a3c: {evaluate(greedy_policy, args, Path(args.evaluate))[0]}; {args.evaluate}")
+        print(f"{SCRIPT}: {evaluate(greedy_policy, args, Path(args.evaluate))[0]}; {args.evaluate}")
         return 0
     if shared.T() > args.total_timesteps:
         raise InputError(f"{args.resume} has done {shared.T():,} steps already: give more with --total-timesteps")
@@ -325,10 +333,13 @@ def main(args: Args) -> int:
         return {"model": model.state_dict(), "g": shared.optimizer.g.clone()}
 
     backend, reason = choose_backend(args.backend, args.num_workers)
-    run = Run("a3c", args, METRICS, {"backend_used": backend}, shared.T(), seconds)
-    print(f"a3c: {args.env_id}, {args.num_workers} workers, backend {backend} ({reason}), {run.folder}", flush=True)
+    run = Run(SCRIPT, args, METRICS, {"backend_used": backend}, shared.T(), seconds)
+    print(
+        f"{SCRIPT}: {args.env_id}, {args.num_workers} workers, backend {backend} ({reason}), {run.folder}", flush=True
+    )
     exit_code = train(run, worker, [(args, shared, rng) for rng in generators], backend, shared, snapshot)
     if exit_code == 0:
+        model.theta.copy_(shared.optimizer.theta)
         run.finish(*evaluate(greedy_policy, args, run.folder))
     return exit_code
 

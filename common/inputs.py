@@ -32,7 +32,7 @@ def command_line(main: Callable, arguments_class: type) -> NoReturn:
     With --resume or --evaluate the arguments of that run take the place of the defaults; what else is given on the
     command line still wins. SIGTERM ends a run in good order, as Ctrl-C does.
     """
-    script = Path(sys.argv[0]).stem
+    script = Path(sys.modules[main.__module__].__file__).stem
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         args = tyro.cli(arguments_class, description=sys.modules[main.__module__].__doc__)

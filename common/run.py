@@ -59,7 +59,7 @@ class Run:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(self.folder, purge_step=step if args.resume else None, flush_secs=10)
+            self.tensorboard = SummaryWriter(self.folder, purge_step=step + 1 if args.resume else None, flush_secs=10)
         except ImportError:
             self.tensorboard = None
             print("tensorboard is not installed: only the CSV files are written")

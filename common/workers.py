@@ -48,15 +48,16 @@ def train(run: Run, target: Callable, arguments: list[tuple], backend: str, shar
 
     Args:
         run: where to log. Its metrics are the columns of `shared.sums`, behind the number of updates.
-        target, arguments, backend: as for `Workers`. A worker's messages are an episode's row, (T, seconds, return,
-            length), or None when it ends, and the state of its random generator.
+        target, arguments, backend: as for `Workers`; the last argument of a worker is its random generator. Its
+            messages are an episode's row, (T, seconds, return, length), or None at its end, and the generator's state.
         shared: has `T()`, `sums`, shape (workers, 1 + metrics), and `stop`, which the workers obey.
         snapshot: returns the tensors, by name, that the checkpoint is to hold.
 
     Returns:
-        The exit code: 0, 1 if a worker failed, 130 after Ctrl-C.
+        The exit code: 0, 1 if a worker failed, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    workers, exit_code, cause, random_states = Workers(backend), 0, "", {}
+    workers, exit_code, cause = Workers(backend), 0, ""
+    random_states = {index: rng.bit_generator.state for index, (*_, rng) in enumerate(arguments)}
     logged, interval = shared.sums.sum(0), run.args.log_interval
 
     def log_episodes(messages: Iterator) -> None:
@@ -92,16 +93,20 @@ def train(run: Run, target: Callable, arguments: list[tuple], backend: str, shar
             run.show_progress(shared.T())
     except KeyboardInterrupt:
         exit_code, cause = 130, "interrupted"
+    except SystemExit as error:  # SIGTERM
+        exit_code, cause = error.code, "terminated"
     except (WorkerError, FloatingPointError) as error:
         exit_code, cause = 1, str(error)
-    finally:  # also on SIGTERM, whose SystemExit goes on from here
+    except Exception:
+        exit_code, cause = 1, traceback.format_exc()
+    with _ctrl_c_ignored():  # the rest takes a moment only and must not be cut short
         shared.stop.fill_(True)
-        log_episodes(workers.join())
+        log_episodes(iter(list(workers.join())))  # the list: first of all, every worker ends
         run.show_progress(shared.T())
         try:
             log_and_save()
         except FloatingPointError as error:  # the last good checkpoint stays
-            exit_code, cause = exit_code or 1, cause or str(error)
+            exit_code, cause = exit_code or 1, f"{cause}\n{error}".strip()
         run.close()
     if exit_code:
         print(f"{run.script}: {cause}\n{run.script}: stopped at step {shared.T():,}; {run.folder}", file=sys.stderr)
@@ -117,7 +122,7 @@ class Workers:
 
     def __init__(self, backend: str):
         self.is_process = backend == "process"
-        self.workers = []
+        self.workers, self.waiting = [], set()
         self.channels = {}  # of the workers that have not ended yet, each with its worker's number
 
     def launch(self, target: Callable, arguments: list[tuple]) -> None:
@@ -136,6 +141,7 @@ class Workers:
             ours, theirs = connection.Pipe()
             args = (target, theirs, index, *own_arguments)
             if self.is_process:
+                # daemon: whatever happens, it cannot keep the main process from ending; it may have no processes itself
                 worker = context.Process(target=_run_in_process, args=args, daemon=True)
             else:
                 worker = threading.Thread(target=_run, args=args, daemon=True)
@@ -143,8 +149,8 @@ class Workers:
             if self.is_process:
                 theirs.close()  # so that ours ends when the process does
             self.channels[ours] = index
+            self.waiting.add(index)
             self.workers.append(worker)
-        self.waiting = set(self.channels.values())
         while self.waiting:
             for _ in self.messages(timeout=1.0):
                 pass
@@ -188,8 +194,8 @@ class Workers:
             with contextlib.suppress(WorkerError):  # the first failure is the one that is told
                 yield from self.messages(left)
         for worker in self.workers if self.is_process else ():
-            if self.channels:
-                worker.kill()
+            worker.join(max(0.0, deadline - time.monotonic()))
+            worker.kill()  # does nothing to one that has ended
             worker.join()
 
     def _cause_of_death(self, index: int) -> str:
@@ -221,8 +227,8 @@ def _run(target: Callable, pipe, index: int, *args) -> None:
     try:
         target(_Channel(pipe), index, *args)
         last_words = ("done", None)
-    except BaseException as error:
-        last_words = ("failed", f"worker {index} failed\n{traceback.format_exc()}{error}")
+    except BaseException:  # SystemExit and all: whatever it is, the main thread has to know
+        last_words = ("failed", f"worker {index} failed\n{traceback.format_exc()}".strip())
     with contextlib.suppress(OSError):  # nobody may be listening any more
         pipe.send(last_words)
     pipe.close()
@@ -248,9 +254,18 @@ def _process_context():
 
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "gymnasium", "tyro", "tqdm"])
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main_thread else None
-    forkserver.ensure_running()  # it inherits that Ctrl-C is ignored, and so do the workers that it forks
-    if in_main_thread:
-        signal.signal(signal.SIGINT, handler)
+    with _ctrl_c_ignored():
+        forkserver.ensure_running()  # it inherits that Ctrl-C is ignored, and so do the workers that it forks
     return context
+
+
+@contextlib.contextmanager
+def _ctrl_c_ignored():
+    if threading.current_thread() is not threading.main_thread():  # no other thread may change, or gets, signals
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)

@@ -188,6 +188,11 @@ class Endless(Probe):
     length = -1
 
 
+class HangsAtReset(Probe):
+    def reset(self, **kwargs):
+        threading.Event().wait()
+
+
 class Killed(Failing):
     def fail(self):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -16,6 +16,8 @@ from torch.distributions import Categorical, Normal
 
 import a3c
 from a3c import ActorCritic, Args, SharedRMSProp, a3c_loss, n_step_returns
+from common.seeding import seed_everything
+from common.workers import choose_backend
 
 BOUNDS = (  # finite, asymmetric, half-open and open bounds in one space
     np.array([-2.0, 0.0, -np.inf, 5.0, -np.inf], np.float32),
@@ -66,7 +68,7 @@ def read(table) -> list[dict]:
 @pytest.mark.parametrize("space", SPACES)
 def test_numpy_policy_equals_torch(space):
     model = make_model(space)
-    for seed in range(3):  # theta is shared memory: what is written to it must reach both
+    for seed in range(3):  # what is written to theta must reach both
         model.theta.copy_(make_model(space, seed=seed).theta)
         observations = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
         outputs = model.actor(torch.from_numpy(observations)).detach().numpy()
@@ -181,15 +183,20 @@ class RecordingOptimizer:
         self.theta.add_(0.02 * torch.randn_like(self.theta))
 
 
-def record_worker(env_id, args):
-    """Run one worker in this thread with a RecordingOptimizer. Returns its updates and the shared state."""
+def record_worker(env_id, args, stop_after=None):
+    """Run one worker in this thread with a RecordingOptimizer. Returns the shared state and the worker's messages."""
     env = gym.make(env_id)
     model = make_model(env.action_space, spaces.flatdim(env.observation_space))
     probes.Script.log.clear()
     shared = a3c.Shared(model.theta.clone(), args)
     shared.optimizer = RecordingOptimizer(model.theta.clone())
-    channel = SimpleNamespace(wait_for_start=lambda: 0.0, send=lambda message: messages.append(message))
     messages = []
+
+    def send(message):
+        messages.append(message)
+        shared.stop.fill_(len(messages) == stop_after)
+
+    channel = SimpleNamespace(wait_for_start=lambda: 0.0, send=send)
     a3c.worker(channel, 0, args, shared, np.random.default_rng(3))
     assert messages.pop()[0] is None
     return shared, messages
@@ -224,10 +231,14 @@ def test_worker_anneals_clips_and_counts():
     assert shared.T() == steps > 60  # until T > T_max
     assert all(d_theta.norm() <= 0.5001 for _, d_theta, _ in shared.optimizer.updates)
     assert any(d_theta.norm() > 0.4999 for _, d_theta, _ in shared.optimizer.updates)
+    starts, n = [0], 0  # of the segments
+    for i, step in enumerate(probes.Script.log):
+        n += 1
+        if n == 5 or step[-2] or step[-1]:
+            starts.append(i + 1)
+            n = 0
     rates = [rate for _, _, rate in shared.optimizer.updates]
-    assert rates[0] == 0.01
-    assert rates == sorted(rates, reverse=True)
-    assert rates[-1] < 0.01 * 5 / 60 + 1e-9
+    np.testing.assert_allclose(rates, [0.01 * (1 - start / 60) for start in starts[:-1]])
     ends = [i + 1 for i, step in enumerate(probes.Script.log) if step[-2] or step[-1]]
     assert [message[0][0] for message in messages] == ends  # T at the end of each episode
     assert [message[0][3] for message in messages] == np.diff([0, *ends]).tolist()
@@ -236,6 +247,41 @@ def test_worker_anneals_clips_and_counts():
     np.testing.assert_allclose([message[0][2] for message in messages], returns)
     constant = record_worker("Script-v0", replace(args, anneal_lr=False))[0]
     assert {rate for _, _, rate in constant.optimizer.updates} == {0.01}
+
+
+def test_worker_logs_what_it_computed():
+    args = Args(env_id="Script-v0", t_max=5, total_timesteps=4, max_grad_norm=1e-3, learning_rate=0.01, num_workers=1)
+    shared, _ = record_worker("Script-v0", args)
+    ((theta, d_theta, _),) = shared.optimizer.updates  # one segment
+    log = probes.Script.log
+    model = make_model(gym.make("Script-v0").action_space, 3)
+    model.theta.copy_(theta)
+    observations = torch.tensor(np.array([step[0] for step in log] + [log[-1][3]]))
+    actions, rewards = torch.tensor([step[1] for step in log]), [step[2] for step in log]
+    _, means = a3c_loss(model, observations, actions, rewards, log[-1][-2], args)
+    norm = pseudo_code_gradient(model, log, args).norm().item()
+    assert norm > 10 * d_theta.norm()  # logged before clipping
+    assert list(a3c.METRICS) == ["policy_loss", "value_loss", "entropy", "value", "grad_norm", "learning_rate"]
+    np.testing.assert_allclose(shared.sums[0], [1, *means, norm, 0.01], rtol=1e-4)
+
+
+def test_worker_stops_when_told():
+    shared, messages = record_worker("Script-v0", Args(env_id="Script-v0", total_timesteps=10**9), stop_after=3)
+    assert len(messages) == 3
+    assert shared.T() == len(probes.Script.log) == sum(message[0][3] for message in messages)
+
+
+def test_worker_leaves_theta_alone_when_the_gradient_is_not_finite():
+    args = Args(env_id="NotANumber-v0", total_timesteps=10**9, num_workers=1)
+    model = make_model(spaces.Discrete(2), 1)
+    shared = a3c.Shared(model.theta.clone(), args)
+    channel = SimpleNamespace(wait_for_start=lambda: 0.0, send=lambda message: None)
+    with pytest.raises(FloatingPointError):
+        a3c.worker(channel, 0, args, shared, np.random.default_rng(0))
+    assert shared.T() >= 40
+    assert shared.optimizer.theta.isfinite().all()
+    assert shared.optimizer.g.isfinite().all()
+    assert (shared.optimizer.theta != model.theta).any()
 
 
 def test_advantage_is_a_constant_in_the_policy_gradient():
@@ -308,8 +354,41 @@ def test_one_worker_and_one_seed_repeat_a_run_on_both_backends(tmp_path):
     assert episodes(backend="thread", seed=2) != by_thread
 
 
+def test_seeding_gives_independent_generators():
+    draws = [generator.random() for generator in seed_everything(1, 4)]
+    assert len(set(draws)) == 4
+    assert draws[:2] == [generator.random() for generator in seed_everything(1, 2)]
+    assert draws[0] != seed_everything(2, 1)[0].random()
+
+
+@pytest.mark.parametrize(
+    ("backend", "num_workers", "gil", "expected"),
+    [
+        ("auto", 8, True, "process"),
+        ("auto", 8, False, "thread"),
+        ("auto", 1, True, "thread"),
+        ("thread", 8, True, "thread"),
+    ],
+)
+def test_backend_by_interpreter(monkeypatch, backend, num_workers, gil, expected):
+    monkeypatch.setattr("common.workers.has_gil", lambda: gil)
+    assert choose_backend(backend, num_workers)[0] == expected
+
+
+@pytest.mark.parametrize("backend", ["thread", "process"])
+def test_workers_train_one_network_and_it_is_evaluated(tmp_path, backend):
+    folder, checkpoint = train(
+        tmp_path, env_id="probes:ByAction-v0", num_workers=4, backend=backend, total_timesteps=8000, eval_episodes=50
+    )
+    probability = torch.softmax(load_model(checkpoint, "ByAction-v0").actor(torch.tensor([[-1.0], [1.0]])), -1)
+    assert probability[0, 0] > 0.8
+    assert probability[1, 1] > 0.8
+    assert json.loads((folder / "evaluation.json").read_text())["returns"] == [1.0] * 50  # greedy: no mistakes
+
+
 def test_workers_differ(tmp_path):
-    folder, _ = train(tmp_path, env_id="CartPole-v1", num_workers=4, total_timesteps=4000, backend="process")
+    frozen = {"learning_rate": 1e-30, "num_workers": 4, "backend": "process", "total_timesteps": 4000}
+    folder, _ = train(tmp_path, env_id="CartPole-v1", **frozen)
     first = {int(row["worker"]): row["length"] for row in reversed(read(folder / "episodes.csv"))}
     assert len(set(first.values())) > 1  # environments and generators of their own: not all first episodes are alike
 
@@ -381,6 +460,21 @@ def test_smoke_spawned_processes(tmp_path, monkeypatch):
     monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
     _, checkpoint = train(tmp_path, num_workers=2, backend="process", total_timesteps=200)
     assert checkpoint["step"] > 200
+
+
+def test_smoke_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("common.run.PLAIN_LINE_SECONDS", 0)
+    train(tmp_path, total_timesteps=1000, eval_episodes=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert "steps per second" in lines[1]
+    assert lines[1].startswith("step ")
+    assert lines[-1].startswith("a3c: 1,0")
+    assert "greedy return" in lines[-1]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    train(tmp_path, total_timesteps=1000, seed=2)
+    bar = capsys.readouterr().out
+    assert "1000/1000" in bar
+    assert "return " in bar
 
 
 def test_smoke_tensorboard(tmp_path):

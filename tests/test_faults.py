@@ -1,6 +1,7 @@
 """What goes wrong: workers that fail or are killed, Ctrl-C, kill -9 and resuming, NaN, bad input. Nothing may hang."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from conftest import ROOT
 
 import a3c
 from a3c import Args
@@ -87,6 +89,7 @@ def test_nan_stops_the_run_and_spares_the_checkpoint(tmp_path, capsys, backend, 
     code, err, folder = run_here(tmp_path, capsys, env_id=f"probes:{env_id}-v0", backend=backend, total_timesteps=10**9)
     assert code == 1
     assert "the gradient is nan at step" in err or "the gradient is inf at step" in err
+    assert "so is what the environment returned" in err
     assert all(tensor.isfinite().all() for tensor in load(folder)["model"].values())
 
 
@@ -140,7 +143,7 @@ def test_no_worker_outlives_a_killed_run(start):
     script = start("a3c.py", *ENDLESS, "--env-id", "probes:Endless-v0", "--backend", "process")
     script.wait_for_episodes(0, checkpoint=True)
     children = psutil.Process(script.process.pid).children(recursive=True)
-    assert len(children) >= 3  # the fork server and two workers
+    assert len(children) >= 4  # the fork server, its resource tracker and two workers
     script.process.kill()
     script.process.wait()
     assert not psutil.wait_procs(children, timeout=20)[1]
@@ -173,6 +176,38 @@ def test_kill_9_then_resume(start):
     assert episodes["length"].sum() <= after["step"]
     assert json.loads((folder / "args.json").read_text())["learning_rate"] == 1e-4  # the run's, not the default
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_an_error_while_logging_ends_the_run(tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("common.run.Run.log_metrics", fail)
+    with pytest.raises(OSError, match="no space left"):
+        run_here(tmp_path, capsys, total_timesteps=10**9, backend="process")
+    assert not multiprocessing.active_children()
+
+
+@BACKENDS
+def test_ctrl_c_while_workers_start(start, backend):
+    script = start("a3c.py", *ENDLESS, "--backend", backend, "--env-id", "probes:HangsAtReset-v0")
+    script.wait_for_episodes(0)
+    script.process.send_signal(signal.SIGINT)
+    code, _, err = script.finish()
+    assert code == 130
+    assert "Traceback" not in err
+
+
+def test_a_copy_under_another_name_resumes_its_own_runs(start, tmp_path):
+    shutil.copytree(ROOT / "common", tmp_path / "common")
+    copy = shutil.copy(ROOT / "a3c.py", tmp_path / "my_a3c.py")
+    code, _, err = start(copy, "--total-timesteps", 100, "--num-workers", 1, "--eval-episodes", 1).finish()
+    assert code == 0, err
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert "__my_a3c__" in folder.name
+    code, _, err = start(copy, "--resume", folder, "--total-timesteps", 200).finish()
+    assert code == 0, err
+    assert load(folder)["step"] > 200
 
 
 def test_resume_continues_from_the_checkpoint(tmp_path, capsys):
