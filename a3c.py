@@ -303,21 +303,24 @@ def main(args: Args) -> int:
     checkpoint = read_checkpoint(args, SCRIPT)
     observation_size, space = check_env(args, checkpoint)
     if not (isinstance(space, spaces.Discrete) or (isinstance(space, spaces.Box) and space.dtype.kind == "f")):
-        raise InputError(f"{args.env_id} takes actions {space}: this A3C needs Discrete ones or a Box of real numbers")
+        actions = " ".join(str(space).split())
+        raise InputError(
+            f"{args.env_id} takes actions {actions}: A3C here needs Discrete ones or a Box of real numbers"
+        )
     generators = seed_everything(args.seed, args.num_workers)
     model = ActorCritic(observation_size, space)
     shared, seconds = Shared(model.theta.clone(), args), 0.0
     if checkpoint:
         try:
             model.load_state_dict(checkpoint["model"])
-        except RuntimeError:
-            raise InputError(f"the checkpoint's networks do not fit {args.env_id} as it is installed here") from None
-        shared.optimizer.theta.copy_(model.theta)
-        shared.optimizer.g.copy_(checkpoint["g"])
-        shared.steps[0], seconds = checkpoint["step"], checkpoint["seconds"]
-        for index, state in checkpoint["random_states"].items():
-            if index < args.num_workers:
-                generators[index].bit_generator.state = state
+            shared.optimizer.theta.copy_(model.theta)
+            shared.optimizer.g.copy_(checkpoint["g"])
+            shared.steps[0], seconds = checkpoint["step"], checkpoint["seconds"]
+            for index, state in checkpoint["random_states"].items():
+                if index < args.num_workers:
+                    generators[index].bit_generator.state = state
+        except (RuntimeError, LookupError, TypeError, ValueError):
+            raise InputError(f"the checkpoint does not fit {args.env_id} as it is installed here") from None
 
     def greedy_policy(observation: np.ndarray):
         return model.to_env(model.act(observation))

@@ -10,10 +10,13 @@ import numpy as np
 from common.inputs import make_env
 
 FILMED_EPISODES = 3
+LONGEST_EPISODE = 10_000  # steps, where the environment sets no limit itself: a greedy policy may walk in circles
 
 
 def evaluate(policy: Callable, args, folder: Path) -> tuple[str, float | None]:
     """Play `args.eval_episodes` episodes on a fresh environment and write evaluation.json into `folder`.
+
+    An environment without a time limit is cut off after LONGEST_EPISODE steps.
 
     Args:
         policy: maps an observation, a float32 vector, to an action of the environment.
@@ -28,6 +31,8 @@ def evaluate(policy: Callable, args, folder: Path) -> tuple[str, float | None]:
     env = make_env(args.env_id, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     if args.capture_video:
         env = gym.wrappers.RecordVideo(env, str(folder / "videos"), episode_trigger=lambda i: i < FILMED_EPISODES)
+    if env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, LONGEST_EPISODE)
     returns = []
     for episode in range(args.eval_episodes):
         # one seed for all episodes that follow, and none of the workers', which draw theirs below 2^31

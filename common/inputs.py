@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import gymnasium as gym
+import numpy as np
 import torch
 import tyro
 from gymnasium import spaces
 
 AT_LEAST_1 = ("total_timesteps", "num_workers", "t_max", "log_interval")
-AT_LEAST_0 = ("seed", "eval_episodes", "ent_coef", "vf_coef")
+AT_LEAST_0 = ("eval_episodes", "ent_coef", "vf_coef")
 ABOVE_0 = ("learning_rate", "max_grad_norm", "rmsprop_eps")
 FRACTIONS = ("gamma", "rmsprop_alpha")
 OF_ONE_CALL = ("resume", "evaluate", "eval_episodes", "capture_video")  # arguments that a resumed run does not inherit
@@ -58,6 +59,7 @@ def check_args(args) -> None:
         (AT_LEAST_0, lambda value: 0 <= value < math.inf, "at least 0"),
         (ABOVE_0, lambda value: 0 < value < math.inf, "above 0"),
         (FRACTIONS, lambda value: 0 <= value <= 1, "between 0 and 1"),
+        (("seed",), lambda value: 0 <= value < 2**32, "between 0 and 2^32 - 1"),
     )
     for names, accepts, description in rules:
         for name in names:
@@ -74,17 +76,19 @@ def read_checkpoint(args, script: str) -> dict | None:
     Raises:
         InputError: there is none, it cannot be read, or it is of another script or environment.
     """
-    folder = args.resume or args.evaluate
-    if not folder:
+    if args.resume is None and args.evaluate is None:
         return None
-    if args.resume and args.evaluate:
+    if args.resume is not None and args.evaluate is not None:
         raise InputError("--resume trains and --evaluate does not: give one of them")
+    folder = args.evaluate if args.resume is None else args.resume
     path = Path(folder) / "checkpoint.pt"
     if not path.is_file():
-        raise InputError(f"there is no checkpoint.pt in {folder}: give the folder of a run, as its last line names it")
+        raise InputError(
+            f"there is no checkpoint.pt in {folder or 'an empty name'}: give a run's folder, as its last line names it"
+        )
     try:
         checkpoint = torch.load(path, weights_only=True)
-        origin = checkpoint["script"]
+        origin, _ = checkpoint["script"], checkpoint["args"]["env_id"]
     except Exception as error:  # a truncated or foreign file fails in more ways than can be listed
         raise InputError(f"{path} is damaged or not a checkpoint ({type(error).__name__})") from None
     if origin != script:
@@ -135,7 +139,8 @@ def _check_film(env_id: str) -> None:
             raise ModuleNotFoundError("moviepy is not installed")
         env = gym.make(env_id, render_mode="rgb_array", disable_env_checker=True)
         env.reset(seed=0)
-        env.render()
+        if env.render_mode != "rgb_array" or not isinstance(env.render(), np.ndarray):
+            raise ValueError("it renders no rgb_array")
         env.close()
     except Exception as error:
         packages = 'pip install moviepy "gymnasium[classic-control]"'

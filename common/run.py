@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common.inputs import InputError
+
 EPISODE_COLUMNS = ("step", "time", "worker", "return", "length")
 PLAIN_LINE_SECONDS = 5.0  # without a terminal: one line of progress this often
 
@@ -41,6 +43,7 @@ class Run:
         self.script, self.args, self.families = script, args, metrics
         name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{script}__{args.seed}__{int(time.time())}"
         self.folder = Path(args.resume) if args.resume else _new_folder(Path(args.log_dir) / name)
+        (self.folder / "evaluation.json").unlink(missing_ok=True)  # of a policy that is about to change
         self.first_step, self.last_step, self.last_seconds = step, step, seconds
         self.bar = None
         self.start()
@@ -167,11 +170,11 @@ class _Table:
 
 
 def _open_table(path: Path, columns: tuple[str, ...], step: int) -> _Table:
-    """Open `path` for more rows; what it holds beyond `step`, or in a row cut short, is taken out first."""
+    """Open `path` for more rows. Rows beyond `step`, and a last one that was cut short, are taken out first."""
     kept = [",".join(columns)]
     if path.exists():
-        lines = path.read_text().split("\n")[1:-1]  # the last one is empty, or was cut short
-        kept += [line for line in lines if line.count(",") == len(columns) - 1 and int(line.split(",")[0]) <= step]
+        lines = path.read_text().split("\n")[1:-1]  # without the header, and what follows the last end of line
+        kept += [line for line in lines if float(line.split(",")[0]) <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("\n".join(kept) + "\n")
     os.replace(temporary, path)
@@ -186,8 +189,11 @@ def _new_folder(path: Path) -> Path:
             candidate.mkdir(parents=True)
             return candidate
         except FileExistsError:
-            continue
-    raise FileExistsError(path)
+            if not candidate.exists():
+                break
+        except OSError:
+            break
+    raise InputError(f"--log-dir: the folder {path} cannot be made")
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -24,6 +24,7 @@ import torch.multiprocessing
 from common.run import Run, has_gil
 
 POLL_SECONDS = 0.05  # between two looks at what the workers have sent
+OVERTIME_SECONDS = 60.0  # how long a worker may take for its last segment and closing its environment
 GRACE_SECONDS = 2.0  # how long workers may take to stop before they are made to
 MESSAGES_AT_ONCE = 500  # of one worker, before the next one's turn
 
@@ -56,7 +57,7 @@ def train(run: Run, target: Callable, arguments: list[tuple], backend: str, shar
     Returns:
         The exit code: 0, 1 if a worker failed, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    workers, exit_code, cause = Workers(backend), 0, ""
+    workers, exit_code, cause, overtime = Workers(backend), 0, "", 0.0
     random_states = {index: rng.bit_generator.state for index, (*_, rng) in enumerate(arguments)}
     logged, interval = shared.sums.sum(0), run.args.log_interval
 
@@ -87,6 +88,10 @@ def train(run: Run, target: Callable, arguments: list[tuple], backend: str, shar
         while workers.channels:
             time.sleep(POLL_SECONDS)  # rather than wake up for every single message
             log_episodes(workers.messages(timeout=0))
+            if shared.T() > run.args.total_timesteps:
+                overtime += POLL_SECONDS
+                if overtime > OVERTIME_SECONDS:
+                    raise WorkerError(f"{len(workers.channels)} workers have not ended after the last step")
             if next_log * interval <= shared.T() <= run.args.total_timesteps:
                 log_and_save()
                 next_log = shared.T() // interval + 1
@@ -248,7 +253,7 @@ def _end_with_parent() -> None:
 
 def _process_context():
     """A fork server with torch and gymnasium imported forks a worker in milliseconds; where there is none, spawn."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    if sys.platform == "darwin" or "forkserver" not in multiprocessing.get_all_start_methods():
         return torch.multiprocessing.get_context("spawn")
     from multiprocessing import forkserver
 

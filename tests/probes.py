@@ -188,6 +188,16 @@ class Endless(Probe):
     length = -1
 
 
+class HangsAtClose(Probe):
+    def reset(self, **kwargs):
+        self.is_used = True
+        return super().reset(**kwargs)
+
+    def close(self):
+        if getattr(self, "is_used", False):
+            threading.Event().wait()
+
+
 class HangsAtReset(Probe):
     def reset(self, **kwargs):
         threading.Event().wait()

@@ -250,7 +250,7 @@ def test_worker_anneals_clips_and_counts():
 
 
 def test_worker_logs_what_it_computed():
-    args = Args(env_id="Script-v0", t_max=5, total_timesteps=4, max_grad_norm=1e-3, learning_rate=0.01, num_workers=1)
+    args = Args(env_id="Script-v0", t_max=5, total_timesteps=1, max_grad_norm=1e-3, learning_rate=0.01, num_workers=1)
     shared, _ = record_worker("Script-v0", args)
     ((theta, d_theta, _),) = shared.optimizer.updates  # one segment
     log = probes.Script.log

@@ -93,6 +93,7 @@ def test_nan_stops_the_run_and_spares_the_checkpoint(tmp_path, capsys, backend, 
     assert all(tensor.isfinite().all() for tensor in load(folder)["model"].values())
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 def test_parameters_that_overflow_are_never_saved(tmp_path, capsys):
     code, err, folder = run_here(tmp_path, capsys, total_timesteps=10**9, learning_rate=1e38, num_workers=1)
     assert code == 1
@@ -176,6 +177,17 @@ def test_kill_9_then_resume(start):
     assert episodes["length"].sum() <= after["step"]
     assert json.loads((folder / "args.json").read_text())["learning_rate"] == 1e-4  # the run's, not the default
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_worker_that_does_not_close_cannot_hold_up_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("common.workers.OVERTIME_SECONDS", 0.5)
+    monkeypatch.setattr("common.workers.GRACE_SECONDS", 0.5)
+    code, err, folder = run_here(
+        tmp_path, capsys, env_id="probes:HangsAtClose-v0", backend="process", total_timesteps=100, eval_episodes=0
+    )
+    assert code == 1
+    assert "2 workers have not ended after the last step" in err
+    assert load(folder)["step"] > 100
 
 
 def test_an_error_while_logging_ends_the_run(tmp_path, capsys, monkeypatch):
@@ -290,7 +302,10 @@ def refuse(monkeypatch, capsys, tmp_path, *arguments) -> str:
         (("--t-max", 0), "--t-max must be at least 1"),
         (("--log-interval", 0), "--log-interval must be at least 1"),
         (("--eval-episodes", -1), "--eval-episodes must be at least 0"),
-        (("--seed", -1), "--seed must be at least 0"),
+        (("--seed", -1), "--seed must be between 0 and 2^32 - 1, not -1"),
+        (("--seed", 10**20), "--seed must be between 0 and 2^32 - 1"),
+        (("--resume", ""), "there is no checkpoint.pt in an empty name"),
+        (("--log-dir", "/dev/null/runs"), "--log-dir: the folder /dev/null/runs"),
         (("--gamma", 1.1), "--gamma must be between 0 and 1, not 1.1"),
         (("--gamma", "nan"), "--gamma must be between 0 and 1, not nan"),
         (("--rmsprop-alpha", -0.1), "--rmsprop-alpha must be between 0 and 1"),
@@ -327,7 +342,10 @@ def test_bad_checkpoints(monkeypatch, capsys, tmp_path, run_folder):
     torch.save(content | {"script": "ddpg"}, path)
     assert "is a run of ddpg.py, not of a3c.py" in refused()
     torch.save(content | {"model": {"wrong": torch.zeros(1)}}, path)
-    assert "do not fit CartPole-v1" in refused("--total-timesteps", 1000)
+    assert "does not fit CartPole-v1" in refused("--total-timesteps", 1000)
+    for missing in ("g", "step", "seconds", "random_states", "model"):
+        torch.save({name: value for name, value in content.items() if name != missing}, path)
+        assert "does not fit CartPole-v1" in refused("--total-timesteps", 1000)
     path.write_bytes(whole)
     assert "needs an evaluation" in refuse(
         monkeypatch, capsys, tmp_path, "--evaluate", run_folder, "--eval-episodes", 0
