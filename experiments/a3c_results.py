@@ -21,7 +21,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 ACROBOT = "--env-id Acrobot-v1 --total-timesteps 500000"
-PENDULUM = "--env-id Pendulum-v1 --total-timesteps 1500000"
+PENDULUM = "--env-id Pendulum-v1 --total-timesteps 1500000 --t-max 16 --learning-rate 1e-3 --gamma 0.9 --ent-coef 0.1"
 RUNS = {  # part: (arguments, seeds)
     "cartpole": [("--num-workers 8", 5), ("--num-workers 2", 5), ("--num-workers 16", 5)],
     "acrobot": [(ACROBOT, 3)],
