@@ -10,8 +10,9 @@ The first tenth of the steps is left out, because the workers are not all up at 
 episode that ends after it to the last one that ends.
 
 Learning: seconds and steps from the start of training until the last 50 training episodes have a mean return of 475,
-5 seeds. `a3c.py` runs with its defaults and two workers, SB3's A2C with 8 environments and its defaults, which are also
-the settings that its zoo has for CartPole.
+5 seeds. Imports and, for `a3c.py`, the start of its workers come before that and are not counted. `a3c.py` runs with
+its defaults and two workers, SB3's A2C with 8 environments and its defaults, which are also its zoo's settings for
+CartPole.
 
 Every run has a process of its own, one after the other, and each contestant has one run per repeat, so that a machine
 that slows down slows down everybody. torch runs with one thread in every process; in the first repeat SB3 runs with
@@ -256,8 +257,9 @@ def compare(args: Args) -> int:
     for seed in seeds:
         for name in names:
             speed.loc[seed, name] = attempt(name, seed, rate, f"--total-timesteps={args.speed_steps}")
-        sb3 = speed[[SB3, SB3_THREADS]].median().fillna(0).idxmax()  # after the first repeat only the faster one runs
-        names = [name for name in names if name not in (SB3, SB3_THREADS) or name == sb3]
+        if seed == args.seed:  # after the first repeat only the faster SB3 goes on
+            sb3 = speed.loc[seed, [SB3, SB3_THREADS]].fillna(0).astype(float).idxmax()
+            names = [name for name in names if name not in (SB3, SB3_THREADS) or name == sb3]
     learning = {OURS: [], sb3: [f"--total-timesteps={args.budget}", f"--stop-at={args.target}"]}
     for seed in seeds:
         for name, flags in learning.items():
