@@ -2,7 +2,7 @@
 
     python experiments/a3c_backends.py
 
-About 3 minutes on two cores. Run it under a Python with a GIL and under a free-threaded one to see what the GIL costs.
+About 2 minutes on two cores. Run it under a Python with a GIL and under a free-threaded one to see what the GIL costs.
 The repeats of all combinations take turns, so that a machine that slows down slows all of them down.
 """
 

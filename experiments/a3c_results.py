@@ -2,7 +2,7 @@
 
     python experiments/a3c_results.py --output a3c_results.json
 
-About 20 minutes on two cores, most of them Pendulum; `--only cartpole` takes 5. Every run is the command in the table,
+About 8 minutes on two cores, most of them Pendulum; `--only cartpole` takes 3. Every run is the command in the table,
 with its seeds one after the other; the return is the mean over the 20 greedy episodes of the run's evaluation.json. The
 start is timed as a whole process that trains a single step with 8 workers, beside one that only imports what it needs.
 """
