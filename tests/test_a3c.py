@@ -297,6 +297,8 @@ def test_losses_are_logged_as_means_over_the_steps():
     observations, actions = torch.randn(6, 4), torch.randint(3, (5,))
     loss, (policy_loss, value_loss, entropy, mean_value) = a3c_loss(model, observations, actions, [1.0] * 5, True, args)
     assert loss.item() == pytest.approx(5 * (policy_loss + value_loss), rel=1e-4)
+    errors = n_step_returns([1.0] * 5, 0.0, args.gamma) - model.critic(observations[:5]).squeeze(-1)
+    assert value_loss == pytest.approx(errors.square().mean().item(), rel=1e-4)
     assert entropy == pytest.approx(model.log_prob_and_entropy(observations[:5], actions)[1].mean().item(), rel=1e-5)
     assert mean_value == pytest.approx(model.critic(observations[:5]).mean().item(), rel=1e-4)
 
@@ -384,6 +386,22 @@ def test_workers_train_one_network_and_it_is_evaluated(tmp_path, backend):
     assert probability[0, 0] > 0.8
     assert probability[1, 1] > 0.8
     assert json.loads((folder / "evaluation.json").read_text())["returns"] == [1.0] * 50  # greedy: no mistakes
+
+
+def test_the_evaluation_is_greedy(tmp_path):
+    """With a policy that has learned nothing: one that is drawn from would have other returns."""
+    folder, checkpoint = train(tmp_path, total_timesteps=1, learning_rate=1e-30, eval_episodes=5, seed=3)
+    model, env, returns = load_model(checkpoint, "CartPole-v1"), gym.make("CartPole-v1"), []
+    for seed in (2**31 + 3, None, None, None, None):
+        observation, _ = env.reset(seed=seed)
+        returns.append(0.0)
+        over = False
+        while not over:
+            action = model.actor(torch.from_numpy(observation)).argmax().item()
+            observation, reward, terminated, truncated, _ = env.step(action)
+            returns[-1] += reward
+            over = terminated or truncated
+    assert json.loads((folder / "evaluation.json").read_text())["returns"] == returns
 
 
 def test_workers_differ(tmp_path):
