@@ -16,10 +16,18 @@ import torch
 import tyro
 from gymnasium import spaces
 
-AT_LEAST_1 = ("total_timesteps", "num_workers", "t_max", "log_interval")
+AT_LEAST_1 = (
+    "total_timesteps",
+    "num_workers",
+    "t_max",
+    "n_step",
+    "train_frequency",
+    "target_network_frequency",
+    "log_interval",
+)
 AT_LEAST_0 = ("eval_episodes", "ent_coef", "vf_coef")
 ABOVE_0 = ("learning_rate", "max_grad_norm", "rmsprop_eps")
-FRACTIONS = ("gamma", "rmsprop_alpha")
+FRACTIONS = ("gamma", "rmsprop_alpha", "exploration_fraction", "final_epsilons", "final_epsilon_probs")
 OF_ONE_CALL = ("resume", "evaluate", "eval_episodes", "capture_video")  # arguments that a resumed run does not inherit
 
 
@@ -63,8 +71,10 @@ def check_args(args) -> None:
     )
     for names, accepts, description in rules:
         for name in names:
-            if hasattr(args, name) and not accepts(value := getattr(args, name)):
-                raise InputError(f"--{name.replace('_', '-')} must be {description}, not {value:g}")
+            values = getattr(args, name, ())
+            for value in values if isinstance(values, tuple) else (values,):
+                if not accepts(value):
+                    raise InputError(f"--{name.replace('_', '-')} must be {description}, not {value:g}")
     if (args.capture_video or args.evaluate) and not args.eval_episodes:
         flag = "--evaluate" if args.evaluate else "--capture-video"
         raise InputError(f"{flag} needs an evaluation: give --eval-episodes 1 or more")
