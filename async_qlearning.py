@@ -194,9 +194,9 @@ def draw_final_epsilons(args: Args, rng: np.random.Generator) -> np.ndarray:
     """Draw each worker's final epsilon, shape (num_workers,) (Mnih et al. 2016, section 5.1).
 
     The draw is systematic: the workers sit at equal distances on a circle on which every epsilon has an arc as long as
-    its probability, and the circle is turned at random. So every worker has each epsilon with its probability, and of W
-    workers W p, rounded down or up, have the epsilon of probability p. A draw in which everyone has the largest epsilon,
-    as a single worker might, is made again.
+    its probability p, and the circle is turned at random. So each worker has every epsilon with its probability, and of
+    W workers W p, rounded down or up, have it. A draw that gives everyone the largest epsilon, which with the default
+    probabilities happens to a single worker only, is made again.
     """
     epsilons, ends = np.array(args.final_epsilons), np.cumsum(args.final_epsilon_probs)
     possible = epsilons[np.array(args.final_epsilon_probs) > 0]
@@ -285,7 +285,7 @@ def worker(channel, index: int, args: Args, shared: Shared, final_epsilons, rng:
         if T // args.target_network_frequency > target_updates:  # if T mod I_target == 0
             shared.update_target(T // args.target_network_frequency)  # theta- <- theta
         n += 1  # s = s', observations[n]
-        if t[0] % args.train_frequency == 0 or terminated or truncated:  # t mod I_AsyncUpdate == 0 or s is terminal
+        if t[0] % args.train_frequency == 0 or terminated or truncated:  # t mod I_AsyncUpdate == 0, or s is terminal
             if args.target == "sarsa":  # a', which it takes next if the episode goes on
                 next_action = model.act(observations[n], epsilon, rng)
                 actions.append(next_action)

@@ -57,8 +57,8 @@ class Run:
         }
         facts = facts | {"versions": versions, "cores": os.cpu_count(), "gil": has_gil()}
         _write_json(self.folder / "args.json", asdict(args) | facts)
-        self.episodes = _open_table(self.folder / "episodes.csv", EPISODE_COLUMNS, step)
-        self.metrics = _open_table(self.folder / "metrics.csv", ("step", "time", *metrics, "steps_per_second"), step)
+        self.episodes = _Table(self.folder / "episodes.csv", EPISODE_COLUMNS, step)
+        self.metrics = _Table(self.folder / "metrics.csv", ("step", "time", *metrics, "steps_per_second"), step)
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -161,24 +161,30 @@ class Run:
 
 
 class _Table:
-    """A CSV file. What has been flushed is safe from kill -9."""
+    """A CSV file for rows of `columns`. What has been flushed is safe from kill -9.
 
-    def __init__(self, path: Path):
+    Rows that are there already stay if they are whole and not beyond `step`. Where a run goes on with other columns, as
+    with another number of workers, none is lost: what a row has no value for is empty.
+    """
+
+    def __init__(self, path: Path, columns: tuple[str, ...], step: int):
+        self.columns, known, kept = columns, [], []
+        if path.exists():
+            reader = csv.DictReader(path.read_text().split("\n")[:-1])  # without what follows the last end of line
+            kept = [row for row in reader if float(row["step"]) <= step]
+            known = [name for name in reader.fieldnames or () if name not in columns]
+        header, temporary = (*columns, *known), path.with_suffix(".tmp")
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, header, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(kept)
+        os.replace(temporary, path)
         file = open(path, "a", newline="")  # noqa: SIM115
-        self.writerow = csv.writer(file, lineterminator="\n").writerow
+        self.writer = csv.DictWriter(file, header, lineterminator="\n")
         self.flush, self.close = file.flush, file.close
 
-
-def _open_table(path: Path, columns: tuple[str, ...], step: int) -> _Table:
-    """Open `path` for more rows. Rows beyond `step`, and a last one that was cut short, are taken out first."""
-    kept = [",".join(columns)]
-    if path.exists():
-        lines = path.read_text().split("\n")[1:-1]  # without the header, and what follows the last end of line
-        kept += [line for line in lines if float(line.split(",")[0]) <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("\n".join(kept) + "\n")
-    os.replace(temporary, path)
-    return _Table(path)
+    def writerow(self, row: tuple) -> None:
+        self.writer.writerow(dict(zip(self.columns, row, strict=True)))
 
 
 def _new_folder(path: Path) -> Path:

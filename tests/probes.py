@@ -76,6 +76,18 @@ class ByEarlierAction(Probe):
         return 2.0 * self.first_action - 1.0
 
 
+class ByLaterAction(Probe):
+    """Two steps; the second pays its action, 0 or 1. Of the first, Q = gamma times the value of the second's policy."""
+
+    length = 2
+
+    def observe(self):
+        return np.array([self.t], np.float32)
+
+    def play(self, action):
+        return float(action) if self.t else 0.0
+
+
 class OnlyTruncates(Probe):
     """Reward 1 a step in a single state, cut off after three steps and never terminal: V = 1 / (1 - gamma)."""
 

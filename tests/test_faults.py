@@ -16,9 +16,10 @@ import torch
 from conftest import ROOT
 
 import a3c
-from a3c import Args
+import async_qlearning
 from common.inputs import command_line
 
+SCRIPTS = pytest.mark.parametrize("script", [a3c, async_qlearning], ids=lambda script: script.SCRIPT)
 BACKENDS = pytest.mark.parametrize("backend", ["thread", "process"])
 ENDLESS = (
     "--total-timesteps",
@@ -41,7 +42,7 @@ def check_tables(folder: Path, until: int | None = None) -> tuple[pd.DataFrame, 
     """Both tables load, have no gaps in a row and do not go back in time. Returns them."""
     episodes, metrics = pd.read_csv(folder / "episodes.csv"), pd.read_csv(folder / "metrics.csv")
     assert list(episodes) == ["step", "time", "worker", "return", "length"]
-    assert {"step", "time", "policy_loss", "value_loss", "entropy", "grad_norm", "learning_rate"} <= set(metrics)
+    assert {"step", "time", "grad_norm", "learning_rate", "steps_per_second"} <= set(metrics)
     for table in (episodes, metrics):
         assert len(table)
         assert not table.isna().any().any()
@@ -50,19 +51,23 @@ def check_tables(folder: Path, until: int | None = None) -> tuple[pd.DataFrame, 
     return episodes, metrics
 
 
-def run_here(tmp_path, capsys, **arguments) -> tuple[int, str, Path]:
-    """main() in this process: exit code, standard error, the run's folder."""
-    code = a3c.main(Args(**({"log_dir": str(tmp_path / "runs"), "num_workers": 2, "log_interval": 10} | arguments)))
+def run_here(tmp_path, capsys, script=a3c, **arguments) -> tuple[int, str, Path]:
+    """The script's main() in this process: exit code, standard error, the run's folder."""
+    defaults = {"log_dir": str(tmp_path / "runs"), "num_workers": 2, "log_interval": 10}
+    code = script.main(script.Args(**(defaults | arguments)))
     (folder,) = (tmp_path / "runs").iterdir()
     return code, capsys.readouterr().err, folder
 
 
+@SCRIPTS
 @BACKENDS
 @pytest.mark.parametrize(
     ("env_id", "text"), [("Failing", "RuntimeError: the probe broke"), ("FailsAtReset", "the probe cannot be reset")]
 )
-def test_an_environment_that_raises_ends_the_run(tmp_path, capsys, backend, env_id, text):
-    code, err, folder = run_here(tmp_path, capsys, env_id=f"probes:{env_id}-v0", backend=backend, total_timesteps=10**9)
+def test_an_environment_that_raises_ends_the_run(tmp_path, capsys, script, backend, env_id, text):
+    code, err, folder = run_here(
+        tmp_path, capsys, script, env_id=f"probes:{env_id}-v0", backend=backend, total_timesteps=10**9
+    )
     assert code == 1
     assert "Traceback" in err
     assert text in err
@@ -73,9 +78,10 @@ def test_an_environment_that_raises_ends_the_run(tmp_path, capsys, backend, env_
         check_tables(folder, until=checkpoint["step"])
 
 
-def test_a_killed_worker_ends_the_run(tmp_path, capsys):
+@SCRIPTS
+def test_a_killed_worker_ends_the_run(tmp_path, capsys, script):
     code, err, folder = run_here(
-        tmp_path, capsys, env_id="probes:Killed-v0", backend="process", total_timesteps=10**9, num_workers=4
+        tmp_path, capsys, script, env_id="probes:Killed-v0", backend="process", total_timesteps=10**9, num_workers=4
     )
     assert code == 1
     assert "was killed by SIGKILL" in err
@@ -83,35 +89,44 @@ def test_a_killed_worker_ends_the_run(tmp_path, capsys):
     check_tables(folder)
 
 
+@SCRIPTS
 @BACKENDS
 @pytest.mark.parametrize("env_id", ["NotANumber", "InfiniteReward"])
-def test_nan_stops_the_run_and_spares_the_checkpoint(tmp_path, capsys, backend, env_id):
-    code, err, folder = run_here(tmp_path, capsys, env_id=f"probes:{env_id}-v0", backend=backend, total_timesteps=10**9)
+def test_nan_stops_the_run_and_spares_the_checkpoint(tmp_path, capsys, script, backend, env_id):
+    code, err, folder = run_here(
+        tmp_path, capsys, script, env_id=f"probes:{env_id}-v0", backend=backend, total_timesteps=10**9
+    )
     assert code == 1
     assert "the gradient is nan at step" in err or "the gradient is inf at step" in err
     assert "so is what the environment returned" in err
     assert all(tensor.isfinite().all() for tensor in load(folder)["model"].values())
 
 
+@SCRIPTS
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-def test_parameters_that_overflow_are_never_saved(tmp_path, capsys):
-    code, err, folder = run_here(tmp_path, capsys, total_timesteps=10**9, learning_rate=1e38, num_workers=1)
+def test_parameters_that_overflow_are_never_saved(tmp_path, capsys, script):
+    code, err, folder = run_here(tmp_path, capsys, script, total_timesteps=10**9, learning_rate=1e38, num_workers=1)
     assert code == 1
     assert "at step" in err
     if (folder / "checkpoint.pt").exists():
         assert all(tensor.isfinite().all() for tensor in load(folder)["model"].values())
 
 
-def test_parameters_that_overflow_in_the_last_update_are_not_evaluated(tmp_path, capsys):
-    code, err, folder = run_here(tmp_path, capsys, total_timesteps=1, learning_rate=1e38, num_workers=1)
+@SCRIPTS
+def test_parameters_that_overflow_in_the_last_update_are_not_evaluated(tmp_path, capsys, script):
+    one = {"total_timesteps": 1, "num_workers": 1, "anneal_lr": False}
+    if script is async_qlearning:
+        one |= {"train_frequency": 2}
+    code, err, folder = run_here(tmp_path, capsys, script, learning_rate=1e38, **one)
     assert code == 1
     assert "model is not finite at step" in err
     assert not (folder / "evaluation.json").exists()
 
 
+@SCRIPTS
 @BACKENDS
-def test_ctrl_c_saves_and_exits_with_130(start, backend):
-    script = start("a3c.py", *ENDLESS, "--backend", backend)
+def test_ctrl_c_saves_and_exits_with_130(start, script, backend):
+    script = start(f"{script.SCRIPT}.py", *ENDLESS, "--backend", backend)
     folder = script.wait_for_episodes(20)
     os.killpg(script.process.pid, signal.SIGINT)  # as a terminal does: to every process of the run
     code, _, err = script.finish()
@@ -131,17 +146,19 @@ def test_ctrl_c_ends_a_run_whose_worker_hangs(start, backend):
     assert script.finish()[0] == 130
 
 
-def test_sigterm_saves(start):
-    script = start("a3c.py", *ENDLESS)
+@SCRIPTS
+def test_sigterm_saves(start, script):
+    script = start(f"{script.SCRIPT}.py", *ENDLESS)
     folder = script.wait_for_episodes(20)
     script.process.terminate()
     assert script.finish()[0] == 143
     assert load(folder)["step"] > 0
 
 
-def test_no_worker_outlives_a_killed_run(start):
+@SCRIPTS
+def test_no_worker_outlives_a_killed_run(start, script):
     """Not even one that has nothing to report."""
-    script = start("a3c.py", *ENDLESS, "--env-id", "probes:Endless-v0", "--backend", "process")
+    script = start(f"{script.SCRIPT}.py", *ENDLESS, "--env-id", "probes:Endless-v0", "--backend", "process")
     script.wait_for_episodes(0, checkpoint=True)
     children = psutil.Process(script.process.pid).children(recursive=True)
     assert len(children) >= 4  # the fork server, its resource tracker and two workers
@@ -150,11 +167,12 @@ def test_no_worker_outlives_a_killed_run(start):
     assert not psutil.wait_procs(children, timeout=20)[1]
 
 
-def test_kill_9_then_resume(start):
-    script = start("a3c.py", *ENDLESS)
-    folder = script.wait_for_episodes(100, checkpoint=True)
-    script.process.kill()
-    script.process.wait()
+@SCRIPTS
+def test_kill_9_then_resume(start, script):
+    first = start(f"{script.SCRIPT}.py", *ENDLESS)
+    folder = first.wait_for_episodes(100, checkpoint=True)
+    first.process.kill()
+    first.process.wait()
 
     check_tables(folder)
     before = load(folder)
@@ -163,7 +181,7 @@ def test_kill_9_then_resume(start):
     known = pd.read_csv(folder / "episodes.csv").dropna().query(f"step <= {before['step']}").astype({"worker": int})
 
     target = before["step"] + 3000
-    resumed = start("a3c.py", "--resume", folder, "--total-timesteps", target, "--eval-episodes", 1)
+    resumed = start(f"{script.SCRIPT}.py", "--resume", folder, "--total-timesteps", target, "--eval-episodes", 1)
     code, out, err = resumed.finish()
     assert code == 0, err
     assert "greedy return" in out
@@ -222,38 +240,58 @@ def test_a_copy_under_another_name_resumes_its_own_runs(start, tmp_path):
     assert load(folder)["step"] > 200
 
 
-def test_resume_continues_from_the_checkpoint(tmp_path, capsys):
+@SCRIPTS
+def test_resume_continues_from_the_checkpoint(tmp_path, capsys, script):
     """A learning rate of almost nothing leaves theta as the checkpoint had it, alpha 1 leaves g; the rest goes on."""
-    _, _, folder = run_here(tmp_path, capsys, total_timesteps=500, eval_episodes=0)
+    _, _, folder = run_here(tmp_path, capsys, script, total_timesteps=500, eval_episodes=0)
     before = load(folder)
     frozen = {"learning_rate": 1e-30, "rmsprop_alpha": 1.0}
-    a3c.main(Args(resume=str(folder), total_timesteps=900, num_workers=3, eval_episodes=0, **frozen))
+    script.main(script.Args(resume=str(folder), total_timesteps=900, num_workers=3, eval_episodes=0, **frozen))
     after = load(folder)
     assert 500 < before["step"] < 900 < after["step"]
     for name, tensor in before["model"].items():
         torch.testing.assert_close(after["model"][name], tensor, rtol=0, atol=0)
     assert (before["g"] > 0).any()
-    torch.testing.assert_close(after["g"], before["g"], rtol=0, atol=0)
+    for name in {"g", "theta_target"} & before.keys():
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=0)
     assert set(before["random_states"]) == {0, 1}
     assert set(after["random_states"]) == {0, 1, 2}
     assert before["random_states"][0] != after["random_states"][0]
 
 
-def test_resume_goes_on_with_the_random_numbers(tmp_path, capsys):
+@SCRIPTS
+def test_resume_goes_on_with_the_random_numbers(tmp_path, capsys, script):
     """The first worker of a resumed run draws what follows the state in the checkpoint."""
-    _, _, folder = run_here(tmp_path, capsys, total_timesteps=500, eval_episodes=0, num_workers=1)
+    one = {"num_workers": 1, "eval_episodes": 0}
+    if script is async_qlearning:
+        one |= {"final_epsilons": (0.1,), "final_epsilon_probs": (1.0,)}
+    _, _, folder = run_here(tmp_path, capsys, script, total_timesteps=500, **one)
     copy = shutil.copytree(folder, tmp_path / "copy")
     states = []
     for path in (folder, copy):
-        a3c.main(Args(resume=str(path), total_timesteps=900, num_workers=1, eval_episodes=0, seed=len(states)))
+        script.main(script.Args(resume=str(path), total_timesteps=900, seed=len(states), **one))
         states.append(load(path)["random_states"])
     assert states[0] == states[1]  # whatever --seed says
+
+
+def test_resume_with_another_number_of_workers_keeps_every_column(tmp_path, capsys):
+    _, _, folder = run_here(tmp_path, capsys, async_qlearning, total_timesteps=500, num_workers=2, eval_episodes=0)
+    before, rows = pd.read_csv(folder / "metrics.csv"), [0]
+    for num_workers, total in ((3, 900), (1, 1300)):
+        rows.append(len(pd.read_csv(folder / "metrics.csv")))
+        args = async_qlearning.Args(resume=str(folder), total_timesteps=total, num_workers=num_workers, eval_episodes=0)
+        async_qlearning.main(args)
+    after = pd.read_csv(folder / "metrics.csv")
+    pd.testing.assert_frame_equal(after[list(before)].head(len(before)), before)
+    counts = after[["epsilon_0", "epsilon_1", "epsilon_2"]].notna().sum().tolist()
+    assert counts == [len(after), rows[2], rows[2] - rows[1]]
+    assert after[["steps_per_second", "learning_rate"]].notna().all(axis=None)
 
 
 def test_without_tensorboard_the_tables_are_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     a3c.main(
-        Args(log_dir=str(tmp_path / "runs"), num_workers=1, total_timesteps=300, log_interval=100, eval_episodes=0)
+        a3c.Args(log_dir=str(tmp_path / "runs"), num_workers=1, total_timesteps=300, log_interval=100, eval_episodes=0)
     )
     assert "tensorboard is not installed: only the CSV files are written" in capsys.readouterr().out
     (folder,) = (tmp_path / "runs").iterdir()
@@ -264,22 +302,21 @@ def test_without_tensorboard_the_tables_are_written(tmp_path, capsys, monkeypatc
 # Bad input: one line that says what is wrong, exit code 2, nothing written
 
 
-@pytest.fixture
-def run_folder(tmp_path, capsys):
-    folder = run_here(tmp_path, capsys, total_timesteps=100, eval_episodes=0, num_workers=1)[2]
+def short_run(tmp_path, capsys, script=a3c) -> Path:
+    folder = run_here(tmp_path, capsys, script, total_timesteps=100, eval_episodes=0, num_workers=1)[2]
     return folder.rename(tmp_path / "a_run")
 
 
-def refuse(monkeypatch, capsys, tmp_path, *arguments) -> str:
-    """The one line with which a3c.py refuses `arguments`."""
+def refuse(monkeypatch, capsys, tmp_path, script, *arguments) -> str:
+    """The one line with which the script refuses `arguments`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["a3c.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", [f"{script.SCRIPT}.py", *map(str, arguments)])
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as exit_info:
-        command_line(a3c.main, Args)
+        command_line(script.main, script.Args)
     assert exit_info.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("a3c: error: ")
+    assert line.startswith(f"{script.SCRIPT}: error: ")
     assert sorted(tmp_path.rglob("*")) == before
     return line
 
@@ -320,15 +357,41 @@ def refuse(monkeypatch, capsys, tmp_path, *arguments) -> str:
     ],
 )
 def test_bad_input(monkeypatch, capsys, tmp_path, arguments, text):
-    assert text in refuse(monkeypatch, capsys, tmp_path, *arguments)
+    assert text in refuse(monkeypatch, capsys, tmp_path, a3c, *arguments)
 
 
-def test_bad_checkpoints(monkeypatch, capsys, tmp_path, run_folder):
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--env-id", "Pendulum-v1"), "Q-learning needs Discrete ones; ddpg.py is for those"),
+        (("--env-id", "probes:ManyActions-v0"), "MultiDiscrete([2 2]): Q-learning needs Discrete ones"),
+        (("--env-id", "CartPol-v1"), "did you mean CartPole-v1"),
+        (("--num-workers", 0), "--num-workers must be at least 1, not 0"),
+        (("--n-step", 0), "--n-step must be at least 1, not 0"),
+        (("--train-frequency", 0), "--train-frequency must be at least 1, not 0"),
+        (("--target-network-frequency", 0), "--target-network-frequency must be at least 1, not 0"),
+        (("--exploration-fraction", 1.5), "--exploration-fraction must be between 0 and 1, not 1.5"),
+        (("--final-epsilons", 0.1, 0.01, 1.5), "--final-epsilons must be between 0 and 1, not 1.5"),
+        (("--final-epsilon-probs", 0.5, -0.5, 1), "--final-epsilon-probs must be between 0 and 1, not -0.5"),
+        (("--final-epsilon-probs", 0.4, 0.3, 0.2), "--final-epsilon-probs must sum to 1, not to 0.9"),
+        (("--final-epsilon-probs", 0.4, 0.3, "nan"), "--final-epsilon-probs must be between 0 and 1, not nan"),
+        (("--final-epsilons", 0.1, 0.5), "must have equally many numbers, not 2 and 3"),
+        (("--final-epsilons", "--final-epsilon-probs"), "--final-epsilon-probs must sum to 1, not to 0"),
+        (("--resume", "nowhere"), "there is no checkpoint.pt in nowhere"),
+    ],
+)
+def test_bad_input_of_async_qlearning(monkeypatch, capsys, tmp_path, arguments, text):
+    assert text in refuse(monkeypatch, capsys, tmp_path, async_qlearning, *arguments)
+
+
+@SCRIPTS
+def test_bad_checkpoints(monkeypatch, capsys, tmp_path, script):
+    run_folder = short_run(tmp_path, capsys, script)
     path = run_folder / "checkpoint.pt"
     whole, content = path.read_bytes(), load(run_folder)
 
     def refused(*arguments) -> str:
-        return refuse(monkeypatch, capsys, tmp_path, "--resume", run_folder, *arguments)
+        return refuse(monkeypatch, capsys, tmp_path, script, "--resume", run_folder, *arguments)
 
     assert "steps already" in refused()
     assert "is a run on CartPole-v1, not on Acrobot-v1" in refused("--env-id", "Acrobot-v1")
@@ -340,24 +403,27 @@ def test_bad_checkpoints(monkeypatch, capsys, tmp_path, run_folder):
     torch.save([1, 2, 3], path)
     assert "damaged or not a checkpoint" in refused()
     torch.save(content | {"script": "ddpg"}, path)
-    assert "is a run of ddpg.py, not of a3c.py" in refused()
+    assert f"is a run of ddpg.py, not of {script.SCRIPT}.py" in refused()
     torch.save(content | {"model": {"wrong": torch.zeros(1)}}, path)
     assert "does not fit CartPole-v1" in refused("--total-timesteps", 1000)
-    for missing in ("g", "step", "seconds", "random_states", "model"):
+    for missing in content.keys() - {"script", "args"}:  # without these it is no checkpoint of ours
+        assert missing in ("g", "step", "seconds", "random_states", "model", "theta_target")
         torch.save({name: value for name, value in content.items() if name != missing}, path)
         assert "does not fit CartPole-v1" in refused("--total-timesteps", 1000)
     path.write_bytes(whole)
     assert "needs an evaluation" in refuse(
-        monkeypatch, capsys, tmp_path, "--evaluate", run_folder, "--eval-episodes", 0
+        monkeypatch, capsys, tmp_path, script, "--evaluate", run_folder, "--eval-episodes", 0
     )
 
 
-def test_evaluate_repeats_the_evaluation(monkeypatch, capsys, run_folder):
-    monkeypatch.setattr(sys, "argv", ["a3c.py", "--evaluate", str(run_folder), "--eval-episodes", "3"])
+@SCRIPTS
+def test_evaluate_repeats_the_evaluation(monkeypatch, capsys, tmp_path, script):
+    run_folder = short_run(tmp_path, capsys, script)
+    monkeypatch.setattr(sys, "argv", [f"{script.SCRIPT}.py", "--evaluate", str(run_folder), "--eval-episodes", "3"])
     results = []
     for _ in range(2):
         with pytest.raises(SystemExit) as exit_info:
-            command_line(a3c.main, Args)
+            command_line(script.main, script.Args)
         assert exit_info.value.code == 0
         assert "over 3 episodes" in capsys.readouterr().out
         results.append(json.loads((run_folder / "evaluation.json").read_text()))
@@ -366,14 +432,15 @@ def test_evaluate_repeats_the_evaluation(monkeypatch, capsys, run_folder):
     assert len(results[0]["returns"]) == results[0]["episodes"] == 3
 
 
-def test_capture_video_films_the_evaluation(monkeypatch, capsys, run_folder):
+def test_capture_video_films_the_evaluation(monkeypatch, capsys, tmp_path):
+    run_folder = short_run(tmp_path, capsys)
     pytest.importorskip("moviepy")
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     monkeypatch.setattr(
         sys, "argv", ["a3c.py", "--evaluate", str(run_folder), "--eval-episodes", "1", "--capture-video"]
     )
     with pytest.raises(SystemExit) as exit_info:
-        command_line(a3c.main, Args)
+        command_line(a3c.main, a3c.Args)
     assert exit_info.value.code == 0
     (video,) = (run_folder / "videos").glob("*.mp4")
     assert video.stat().st_size > 1000
@@ -381,4 +448,4 @@ def test_capture_video_films_the_evaluation(monkeypatch, capsys, run_folder):
 
 def test_capture_video_says_what_it_needs(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install moviepy" in refuse(monkeypatch, capsys, tmp_path, "--capture-video")
+    assert "pip install moviepy" in refuse(monkeypatch, capsys, tmp_path, a3c, "--capture-video")
