@@ -45,7 +45,7 @@ class Args:
     """rewards in a target, fewer at the end of a segment; from --train-frequency on it is the paper's n-step method"""
     train_frequency: int = 32
     """I_AsyncUpdate: steps of a worker between two updates, fewer at the end of an episode"""
-    target_network_frequency: int = 2_000
+    target_network_frequency: int = 500
     """I_target: steps of all workers together between two updates of the target network"""
     final_epsilons: tuple[float, ...] = (0.1, 0.01, 0.5)
     """what a worker's epsilon ends at: one of these"""
@@ -53,7 +53,7 @@ class Args:
     """with these probabilities"""
     exploration_fraction: float = 0.3
     """fraction of the total timesteps over which epsilon falls from 1 to its end"""
-    learning_rate: float = 3e-3
+    learning_rate: float = 6e-3
     """eta at the beginning"""
     anneal_lr: bool = True
     """lower the learning rate linearly to zero over the total timesteps"""
@@ -63,7 +63,7 @@ class Args:
     """longer gradients are shortened to this; mind that they are sums over a segment, not means"""
     rmsprop_alpha: float = 0.99
     """decay of RMSProp's mean of squared gradients"""
-    rmsprop_eps: float = 0.1
+    rmsprop_eps: float = 10.0
     """RMSProp's epsilon, inside of the root"""
     log_interval: int = 5_000
     """steps between two rows of metrics.csv; the checkpoint is renewed as often"""
