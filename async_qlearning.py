@@ -178,6 +178,11 @@ class SharedRMSProp:
         g <- alpha g + (1 - alpha) d^2          theta <- theta - eta d / sqrt(g + epsilon)
 
     No lock is taken: of two workers that update at the same time, one may overwrite parts of the other's step.
+
+    Why not Adam: the numerator of its step, the momentum, is shared as well, and a worker that loses its core between
+    computing the denominator and dividing, as happens when workers are more than cores, divides a momentum of now by a
+    denominator of long ago: 56 eta was seen with 16 workers, where one alone stays below 7.3 eta. Here the numerator is
+    the worker's own d, which g has just taken in, and the step keeps to eta / sqrt(1 - alpha), which is 10 eta.
     """
 
     def __init__(self, theta: torch.Tensor, alpha: float, eps: float):

@@ -38,7 +38,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import async_qlearning
 from common.evaluation import evaluate
 
-ACROBOT_FLAGS = ""  # what the defaults, which are tuned for CartPole-v1, need to be there
+ACROBOT_FLAGS = (
+    "--target-network-frequency 2000"  # what the defaults, which are tuned for CartPole-v1, need to be there
+)
 RUNS = {  # part: (arguments, seeds)
     "cartpole": [("--num-workers 8", 5), ("--num-workers 2", 5), ("--num-workers 16", 5)],
     "sixteen": [("--num-workers 16", 10)],
