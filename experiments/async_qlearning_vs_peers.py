@@ -280,16 +280,15 @@ def compare(args: Args) -> int:
                 ratios[f"{title}, SB3 DQN / {ours}"] = ratio(runs[title][chosen[-1]], runs[title][ours])
     summary = {title: table.agg(["median", "min", "max"]).T for title, table in runs.items()}
     summary["ratio"] = pd.DataFrame(ratios).T
-    print(
-        f"Target: a mean return of {args.target:g} over {EPISODES} greedy episodes. SB3 goes on as: {'; '.join(chosen)}.\n"
-    )
+    print(f"Target: a mean return of {args.target:g} over {EPISODES} greedy episodes.")
+    print(f"SB3 goes on as: {'; '.join(chosen)}.\n")
     print("\n\n".join(markdown(f"{title} ({args.repeats} runs)", rows) for title, rows in summary.items()))
     print("\n" + ("\n".join(f"FAILED: {line}" for line in failures) or "No run failed."))
     if args.output:
         machine = {"python": platform.python_version(), "cores": len(os.sched_getaffinity(0))}
         packages = {name: version(name) for name in ("torch", "gymnasium", "numpy", "stable-baselines3")}
         report = {
-            "args": {key: getattr(args, key) for key in ("repeats", "seed", "speed_steps", "learning_steps", "target")},
+            "args": {key: getattr(args, key) for key in ("repeats", "seed", "speed_steps", "target")},
             "versions": machine | packages,
             # in both, null stands for "not reached", for a run not made, or for a failure if `failures` lists the run
             "summary": {title: json.loads(rows.to_json(orient="index")) for title, rows in summary.items()},
