@@ -275,7 +275,7 @@ def worker(channel, index: int, args: Args, shared: Shared, final_epsilons, rng:
     start_time = channel.wait_for_start()
     T = shared.T()
 
-    while not (args.total_timesteps < T or stop):  # until T > T_max
+    while T <= args.total_timesteps and not stop:  # until T > T_max
         n = len(rewards)  # steps since the last update; s is observations[n]
         # Take action a with epsilon-greedy policy based on Q(s, a; theta)
         epsilon = annealed_epsilon(T, final_epsilons[index], args)
