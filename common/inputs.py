@@ -18,6 +18,11 @@ from gymnasium import spaces
 
 AT_LEAST_1 = (
     "total_timesteps",
+    "num_envs",
+    "batch_size",
+    "minibatch_size",
+    "cg_iterations",
+    "line_search_steps",
     "num_workers",
     "t_max",
     "n_step",
@@ -25,9 +30,9 @@ AT_LEAST_1 = (
     "target_network_frequency",
     "log_interval",
 )
-AT_LEAST_0 = ("eval_episodes", "ent_coef", "vf_coef")
-ABOVE_0 = ("learning_rate", "max_grad_norm", "rmsprop_eps")
-FRACTIONS = ("gamma", "rmsprop_alpha", "exploration_fraction", "final_epsilons", "final_epsilon_probs")
+AT_LEAST_0 = ("eval_episodes", "vf_epochs", "cg_damping", "ent_coef", "vf_coef")
+ABOVE_0 = ("learning_rate", "max_kl", "max_grad_norm", "rmsprop_eps")
+FRACTIONS = ("gamma", "gae_lambda", "rmsprop_alpha", "exploration_fraction", "final_epsilons", "final_epsilon_probs")
 OF_ONE_CALL = ("resume", "evaluate", "eval_episodes", "capture_video")  # arguments that a resumed run does not inherit
 
 

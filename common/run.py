@@ -1,12 +1,17 @@
 """One run: its folder, its tables, its TensorBoard events, its checkpoint and its line on the terminal."""
 
+import contextlib
 import csv
 import json
 import os
 import platform
+import signal
 import sys
+import threading
 import time
+import traceback
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,9 +26,37 @@ EPISODE_COLUMNS = ("step", "time", "worker", "return", "length")
 PLAIN_LINE_SECONDS = 5.0  # without a terminal: one line of progress this often
 
 
+class RunError(Exception):
+    """What ended a run, told in one line."""
+
+
 def has_gil() -> bool:
     """Whether this interpreter has a global lock that lets one thread run Python at a time."""
     return getattr(sys, "_is_gil_enabled", lambda: True)()
+
+
+def how_it_ended(error: BaseException) -> tuple[int, str]:
+    """The exit code of a run that `error` ended, and what to say of it."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, SystemExit):  # SIGTERM
+        return error.code, "terminated"
+    if isinstance(error, RunError | FloatingPointError):
+        return 1, str(error)
+    return 1, "".join(traceback.format_exception(error))
+
+
+@contextlib.contextmanager
+def ctrl_c_ignored():
+    """For what takes a moment only and must not be cut short."""
+    if threading.current_thread() is not threading.main_thread():  # no other thread may change, or gets, signals
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 class Run:
@@ -131,7 +164,7 @@ class Run:
             FloatingPointError: a number in `tensors` is not finite; the old checkpoint stays.
         """
         for name, content in tensors.items():
-            for tensor in content.values() if isinstance(content, dict) else [content]:
+            for tensor in _tensors(content):
                 if not tensor.isfinite().all():
                     raise FloatingPointError(f"{name} is not finite at step {step:,}: the checkpoint before it is kept")
         about = {"script": self.script, "args": asdict(self.args), "step": step, "seconds": self.seconds()}
@@ -185,6 +218,14 @@ class _Table:
 
     def writerow(self, row: tuple) -> None:
         self.writer.writerow(dict(zip(self.columns, row, strict=True)))
+
+
+def _tensors(content: object) -> Iterator[torch.Tensor]:
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, dict):
+        for value in content.values():
+            yield from _tensors(value)
 
 
 def _new_folder(path: Path) -> Path:

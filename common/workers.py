@@ -21,7 +21,7 @@ from multiprocessing import connection
 
 import torch.multiprocessing
 
-from common.run import Run, has_gil
+from common.run import Run, RunError, ctrl_c_ignored, has_gil, how_it_ended
 
 POLL_SECONDS = 0.05  # between two looks at what the workers have sent
 OVERTIME_SECONDS = 60.0  # how long a worker may take for its last segment and closing its environment
@@ -29,7 +29,7 @@ GRACE_SECONDS = 2.0  # how long workers may take to stop before they are made to
 MESSAGES_AT_ONCE = 500  # of one worker, before the next one's turn
 
 
-class WorkerError(Exception):
+class WorkerError(RunError):
     """A worker failed or was killed; the text says which and why."""
 
 
@@ -96,15 +96,9 @@ def train(run: Run, target: Callable, arguments: list[tuple], backend: str, shar
                 log_and_save()
                 next_log = shared.T() // interval + 1
             run.show_progress(shared.T())
-    except KeyboardInterrupt:
-        exit_code, cause = 130, "interrupted"
-    except SystemExit as error:  # SIGTERM
-        exit_code, cause = error.code, "terminated"
-    except (WorkerError, FloatingPointError) as error:
-        exit_code, cause = 1, str(error)
-    except Exception:
-        exit_code, cause = 1, traceback.format_exc()
-    with _ctrl_c_ignored():  # the rest takes a moment only and must not be cut short
+    except BaseException as error:
+        exit_code, cause = how_it_ended(error)
+    with ctrl_c_ignored():  # the rest takes a moment only and must not be cut short
         shared.stop.fill_(True)
         log_episodes(iter(list(workers.join())))  # the list: first of all, every worker ends
         run.show_progress(shared.T())
@@ -259,18 +253,6 @@ def _process_context():
 
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "gymnasium", "tyro", "tqdm"])
-    with _ctrl_c_ignored():
+    with ctrl_c_ignored():
         forkserver.ensure_running()  # it inherits that Ctrl-C is ignored, and so do the workers that it forks
     return context
-
-
-@contextlib.contextmanager
-def _ctrl_c_ignored():
-    if threading.current_thread() is not threading.main_thread():  # no other thread may change, or gets, signals
-        yield
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
