@@ -53,6 +53,8 @@ class Args:
     """iterations of conjugate gradients"""
     cg_damping: float = 0.1
     """added to the diagonal of the Fisher matrix"""
+    fisher_stride: int = 4
+    """the Fisher matrix is taken over every so many-th step of the batch; the line search looks at all of them"""
     line_search_steps: int = 10
     """step lengths that are tried, each half of the one before"""
     learning_rate: float = 1e-3
@@ -122,7 +124,7 @@ class ActorCritic(nn.Module):
         if self.count < 1:
             return observations
         normalized = (observations - self.mean.numpy()) / np.sqrt(self.var.numpy() + 1e-8)
-        return np.clip(normalized, -10.0, 10.0).astype(np.float32)
+        return np.minimum(np.maximum(normalized, -10.0), 10.0).astype(np.float32)
 
     def update_statistics(self, observations: np.ndarray) -> None:
         """Take observations, shape (n, observation_size), into the running mean and variance."""
@@ -239,7 +241,7 @@ def update_policy(model: ActorCritic, optimizer, observations, actions, advantag
     Args:
         observations, actions: shapes (n, observation_size) and (n,) or (n, action_size).
         advantages: A, shape (n,).
-        args: trust_region, max_kl, cg_iterations, cg_damping, line_search_steps.
+        args: trust_region, max_kl, cg_iterations, cg_damping, fisher_stride, line_search_steps.
 
     Returns:
         Metrics by name.
@@ -256,7 +258,7 @@ def update_policy(model: ActorCritic, optimizer, observations, actions, advantag
         L = ((log_prob - old_log_prob).exp() * advantages).mean()
         return L, kl_divergence(old_policy, policy).mean()
 
-    L, kl = objective_and_kl()
+    L, _ = objective_and_kl()
     g = flat_grad(L, parameters, retain_graph=True)
     metrics = {"grad_norm": g.norm().item(), "line_search_steps": 0, "rejected": 0.0}
     if not args.trust_region:
@@ -264,6 +266,10 @@ def update_policy(model: ActorCritic, optimizer, observations, actions, advantag
         (-L).backward()
         optimizer.step()
     elif g.any():
+        some = observations[:: args.fisher_stride]
+        with torch.no_grad():
+            some_old_policy = model.policy(some)
+        kl = kl_divergence(some_old_policy, model.policy(some)).mean()
         product = fisher_vector_product(kl, parameters, args.cg_damping)
         y = conjugate_gradients(product, g, args.cg_iterations)
         step = torch.sqrt(2 * args.max_kl / (y @ product(y))) * y

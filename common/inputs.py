@@ -22,6 +22,7 @@ AT_LEAST_1 = (
     "batch_size",
     "minibatch_size",
     "cg_iterations",
+    "fisher_stride",
     "line_search_steps",
     "num_workers",
     "t_max",

@@ -301,7 +301,7 @@ def test_a_step_improves_and_never_leaves_the_trust_region(space, max_kl):
 @pytest.fixture
 def tiny_step():
     """Update with a bound so small that the KL divergence is quadratic. Returns the model, the batch and the step."""
-    space, args = SPACES[0], Args(max_kl=1e-6, cg_iterations=60, cg_damping=1e-3)
+    space, args = SPACES[0], Args(max_kl=1e-6, cg_iterations=60, cg_damping=1e-3, fisher_stride=1)
     model, batch = make_model(space), random_batch(space)
     before = model.theta.clone()
     metrics = update_policy(model, None, *batch, args)
@@ -618,6 +618,7 @@ def test_resume_goes_on_with_everything(tmp_path, capsys):
         (("--cg-iterations", 0), "--cg-iterations must be at least 1"),
         (("--cg-damping", -1), "--cg-damping must be at least 0"),
         (("--line-search-steps", 0), "--line-search-steps must be at least 1"),
+        (("--fisher-stride", 0), "--fisher-stride must be at least 1"),
         (("--minibatch-size", 0), "--minibatch-size must be at least 1"),
         (("--vf-epochs", -1), "--vf-epochs must be at least 0"),
         (("--resume", "nowhere"), "there is no checkpoint.pt in nowhere"),
