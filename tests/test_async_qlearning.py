@@ -169,7 +169,7 @@ class RecordingOptimizer:
         self.theta.add_(0.1 * torch.randn_like(self.theta))
 
 
-def record_worker(monkeypatch, args, stop_after=None, final_epsilon=0.5):
+def record_worker(monkeypatch, args, stop_after=None, index=0, final_epsilons=(0.5,)):
     """Run one worker on `Script` in this thread. Returns the shared state, its messages, and what `act` was asked."""
     probes.Script.log.clear()
     choices, act, messages = [], QNetwork.act, []
@@ -183,11 +183,12 @@ def record_worker(monkeypatch, args, stop_after=None, final_epsilon=0.5):
         shared.stop.fill_(len(messages) == stop_after)
 
     monkeypatch.setattr(QNetwork, "act", recording_act)
-    shared = async_qlearning.Shared(make_model().theta.clone(), len(async_qlearning.METRICS) + 1, args)
+    num_metrics = len(async_qlearning.METRICS) + len(final_epsilons)
+    shared = async_qlearning.Shared(make_model().theta.clone(), num_metrics, args)
     shared.theta_target.copy_(make_model(seed=1).theta)
     shared.optimizer = RecordingOptimizer(shared)
     channel = SimpleNamespace(wait_for_start=lambda: 0.0, send=send)
-    async_qlearning.worker(channel, 0, args, shared, np.array([final_epsilon]), np.random.default_rng(3))
+    async_qlearning.worker(channel, index, args, shared, np.array(final_epsilons), np.random.default_rng(3))
     assert messages.pop()[0] is None
     return shared, messages, choices
 
@@ -308,6 +309,15 @@ def test_worker_logs_what_it_computed(monkeypatch):
     assert norm > 10 * update["d_theta"].norm()  # logged before clipping
     assert list(async_qlearning.METRICS) == ["td_loss", "q_values", "grad_norm", "learning_rate"]
     np.testing.assert_allclose(shared.sums[0], [1, *means, norm, 0.01, 0.75], rtol=1e-4)  # epsilon: half-way to 0.5
+
+
+def test_a_worker_has_an_epsilon_and_counters_of_its_own(monkeypatch):
+    args = Args(env_id="Script-v0", total_timesteps=60, num_workers=3, exploration_fraction=0.0)
+    shared, _, choices = record_worker(monkeypatch, args, index=1, final_epsilons=(0.1, 0.9, 0.3))
+    assert {epsilon for _, epsilon, _ in choices} == {0.9}
+    assert shared.steps.tolist() == [0, 61, 0]
+    assert shared.sums.any(1).tolist() == [False, True, False]
+    np.testing.assert_allclose(shared.sums[1, -3:] / shared.sums[1, 0], [0.1, 0.9, 0.3])
 
 
 def test_worker_stops_when_told(monkeypatch):
