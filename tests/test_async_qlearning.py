@@ -437,6 +437,15 @@ def test_workers_train_one_network_and_it_is_evaluated(tmp_path, backend):
     assert float(last[0]["epsilon_0"]) > float(last[1]["epsilon_0"])
 
 
+def test_workers_differ(tmp_path):
+    """Environments and generators of their own: not all first episodes are alike."""
+    everyone = {"final_epsilons": (0.5,), "final_epsilon_probs": (1.0,), "learning_rate": 1e-30}
+    folder, _ = train(tmp_path, num_workers=4, backend="process", total_timesteps=2000, **everyone)
+    first = {int(row["worker"]): row["length"] for row in reversed(read(folder / "episodes.csv"))}
+    assert len(first) == 4
+    assert len(set(first.values())) > 1
+
+
 # Probe environments: one thing at a time has to be learned
 
 PROBE = {
