@@ -300,8 +300,8 @@ def test_a_step_improves_and_never_leaves_the_trust_region(space, max_kl):
 
 @pytest.fixture
 def tiny_step():
-    """Update with a bound so small that the KL divergence is quadratic. Returns the model, the batch and the step."""
-    space, args = SPACES[0], Args(max_kl=1e-6, cg_iterations=60, cg_damping=1e-3, fisher_stride=1)
+    """Update with a bound so small that the KL divergence is almost quadratic. Returns the model, the batch and the step."""
+    space, args = SPACES[0], Args(max_kl=1e-4, cg_iterations=100, cg_damping=1e-2, fisher_stride=1)
     model, batch = make_model(space), random_batch(space)
     before = model.theta.clone()
     metrics = update_policy(model, None, *batch, args)
@@ -318,9 +318,9 @@ def test_the_step_is_the_natural_gradient_on_the_edge_of_the_trust_region(tiny_s
     L = (policy.log_prob(actions) * advantages).mean()
     g = parameters_to_vector(torch.autograd.grad(L, model.policy_parameters(), retain_graph=True))
     old = Categorical(logits=policy.logits.detach())
-    product = fisher_vector_product(kl_divergence(old, policy).mean(), model.policy_parameters(), 1e-3)
+    product = fisher_vector_product(kl_divergence(old, policy).mean(), model.policy_parameters(), 1e-2)
     F_step = product(step)
-    assert 0.5 * (step @ F_step).item() == pytest.approx(length**2 * 1e-6, rel=0.05)  # 1/2 x F x = max_kl
+    assert 0.5 * (step @ F_step).item() == pytest.approx(length**2 * 1e-4, rel=0.05)  # 1/2 x F x = max_kl
     assert torch.cosine_similarity(F_step, g, 0) > 0.999  # x ~ F^-1 g
     assert torch.cosine_similarity(step, g, 0) < 0.9  # which is not the gradient
 
