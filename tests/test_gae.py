@@ -300,7 +300,7 @@ def test_a_step_improves_and_never_leaves_the_trust_region(space, max_kl):
 
 @pytest.fixture
 def tiny_step():
-    """Update with a bound so small that the KL divergence is almost quadratic. Returns the model, the batch and the step."""
+    """A step so small that the KL divergence is almost quadratic. Returns the model, its batch and the step."""
     space, args = SPACES[0], Args(max_kl=1e-4, cg_iterations=100, cg_damping=1e-2, fisher_stride=1)
     model, batch = make_model(space), random_batch(space)
     before = model.theta.clone()
