@@ -181,8 +181,8 @@ class SharedRMSProp:
 
     Why not Adam: the numerator of its step, the momentum, is shared as well, and a worker that loses its core between
     computing the denominator and dividing, as happens when workers are more than cores, divides a momentum of now by a
-    denominator of long ago: 56 eta was seen with 16 workers, where one alone stays below 7.3 eta. Here the numerator is
-    the worker's own d, which g has just taken in, and the step keeps to eta / sqrt(1 - alpha), which is 10 eta.
+    denominator of long ago, with no bound on the quotient. Here the numerator is the worker's own d, which g has just
+    taken in, so that but for a write that another worker overwrites no step exceeds eta / sqrt(1 - alpha).
     """
 
     def __init__(self, theta: torch.Tensor, alpha: float, eps: float):
