@@ -325,6 +325,16 @@ def test_the_step_is_the_natural_gradient_on_the_edge_of_the_trust_region(tiny_s
     assert torch.cosine_similarity(step, g, 0) < 0.9  # which is not the gradient
 
 
+def test_the_fisher_matrix_is_taken_over_part_of_the_batch(monkeypatch):
+    model, (observations, actions, advantages) = make_model(SPACES[0]), random_batch(SPACES[0])
+    seen, policy = [], model.policy
+    monkeypatch.setattr(model, "policy", lambda some: seen.append(some.clone()) or policy(some))
+    update_policy(model, None, observations, actions, advantages, Args(fisher_stride=4))
+    parts = [some for some in seen if len(some) != len(observations)]
+    assert len(parts) == 2  # the old policy and the new one
+    assert all(torch.equal(part, observations[::4]) for part in parts)
+
+
 def test_a_step_that_fails_is_taken_back(monkeypatch):
     model, batch = make_model(SPACES[0]), random_batch(SPACES[0])
     before = model.theta.clone()
