@@ -39,7 +39,7 @@ class Args:
     """environment steps in all"""
     num_envs: int = 8
     """environments, stepped in turn"""
-    batch_size: int = 1000
+    batch_size: int = 2_000
     """steps between two updates, of all environments together; rounded down to a multiple of --num-envs"""
     gamma: float = 0.99
     """discount factor"""
@@ -47,7 +47,7 @@ class Args:
     """lambda: 0 has the least variance and the most bias, 1 no bias and the most variance"""
     trust_region: bool = True
     """update the policy inside of a trust region; without: one step of Adam on the same loss"""
-    max_kl: float = 0.01
+    max_kl: float = 0.02
     """epsilon: mean KL divergence from the old policy that an update may reach"""
     cg_iterations: int = 10
     """iterations of conjugate gradients"""
@@ -57,11 +57,11 @@ class Args:
     """the Fisher matrix is taken over every so many-th step of the batch; the line search looks at all of them"""
     line_search_steps: int = 10
     """step lengths that are tried, each half of the one before"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     """Adam's, of the value function, and of the policy without a trust region"""
     vf_epochs: int = 5
     """passes over the batch in which the value function is fitted"""
-    minibatch_size: int = 128
+    minibatch_size: int = 250
     """steps in each of its minibatches"""
     norm_obs: bool = True
     """subtract the running mean from the observations and divide by the running standard deviation"""
@@ -95,7 +95,7 @@ class ActorCritic(nn.Module):
     deviation is a parameter by itself, in units in which the bounds lie at -1 and 1; draws are clipped to the bounds.
 
     The attribute `theta` is one vector of which every parameter of the policy is a view: to write to it is to change
-    the policy. The buffers `mean`, `var` and `count` are the running statistics that observations are normalised by.
+    the policy. The buffers `mean`, `std` and `count` are the running statistics that observations are normalised by.
     """
 
     def __init__(self, observation_size: int, action_space: spaces.Space):
@@ -104,8 +104,8 @@ class ActorCritic(nn.Module):
         outputs = int(action_space.n) if self.discrete else math.prod(action_space.shape)
         self.actor, self.critic = mlp(observation_size, outputs, gain=0.01), mlp(observation_size, 1, gain=1.0)
         self.log_std = None if self.discrete else nn.Parameter(torch.zeros(outputs))
-        self.register_buffer("mean", torch.zeros(observation_size, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(observation_size, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(observation_size))
+        self.register_buffer("std", torch.ones(observation_size))
         self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
         self.theta = parameters_to_vector(self.policy_parameters()).detach()
         vector_to_parameters(self.theta, self.policy_parameters())
@@ -121,16 +121,17 @@ class ActorCritic(nn.Module):
 
     def normalize(self, observations: np.ndarray) -> np.ndarray:
         """Observations, shape (..., observation_size), in standard deviations from the running mean; at most 10."""
-        if self.count < 1:
+        if self.count.item() < 1:
             return observations
-        normalized = (observations - self.mean.numpy()) / np.sqrt(self.var.numpy() + 1e-8)
-        return np.minimum(np.maximum(normalized, -10.0), 10.0).astype(np.float32)
+        normalized = (observations - self.mean.numpy()) / self.std.numpy()
+        return np.minimum(np.maximum(normalized, -10), 10)
 
     def update_statistics(self, observations: np.ndarray) -> None:
-        """Take observations, shape (n, observation_size), into the running mean and variance."""
-        moments = observations.mean(0), observations.var(0), len(observations)
-        running = update_mean_var_count_from_moments(self.mean.numpy(), self.var.numpy(), self.count.item(), *moments)
-        for buffer, value in zip((self.mean, self.var, self.count), running, strict=True):
+        """Take observations, shape (n, observation_size), into the running mean and standard deviation."""
+        moments = observations.mean(0, np.float64), observations.var(0, np.float64), len(observations)
+        running = self.mean.double().numpy(), self.std.double().numpy() ** 2, self.count.item()
+        mean, var, count = update_mean_var_count_from_moments(*running, *moments)
+        for buffer, value in ((self.mean, mean), (self.std, np.maximum(np.sqrt(var), 1e-4)), (self.count, count)):
             buffer.copy_(torch.as_tensor(value))
 
     def policy_parameters(self) -> list[nn.Parameter]:
@@ -163,7 +164,7 @@ class ActorCritic(nn.Module):
     def to_env(self, action):
         """The environment's action for one that `act` returned."""
         if self.discrete:
-            return int(self.space.start) + int(action)
+            return self.space.start + action
         action = (self.center + self.scale * action.reshape(self.space.shape)).astype(self.space.dtype)
         return np.minimum(np.maximum(action, self.space.low), self.space.high)
 

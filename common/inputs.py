@@ -21,6 +21,7 @@ AT_LEAST_1 = (
     "num_envs",
     "batch_size",
     "minibatch_size",
+    "buffer_size",
     "cg_iterations",
     "fisher_stride",
     "line_search_steps",
@@ -31,9 +32,34 @@ AT_LEAST_1 = (
     "target_network_frequency",
     "log_interval",
 )
-AT_LEAST_0 = ("eval_episodes", "vf_epochs", "cg_damping", "ent_coef", "vf_coef")
-ABOVE_0 = ("learning_rate", "max_kl", "max_grad_norm", "rmsprop_eps")
-FRACTIONS = ("gamma", "gae_lambda", "rmsprop_alpha", "exploration_fraction", "final_epsilons", "final_epsilon_probs")
+AT_LEAST_0 = (
+    "eval_episodes",
+    "vf_epochs",
+    "cg_damping",
+    "ent_coef",
+    "vf_coef",
+    "learning_starts",
+    "noise_std",
+    "final_noise_std",
+)
+ABOVE_0 = (
+    "learning_rate",
+    "actor_learning_rate",
+    "max_kl",
+    "max_grad_norm",
+    "rmsprop_eps",
+    "gumbel_temperature",
+)
+FRACTIONS = (
+    "gamma",
+    "gae_lambda",
+    "rmsprop_alpha",
+    "exploration_fraction",
+    "final_epsilons",
+    "final_epsilon_probs",
+    "ou_theta",
+)
+FRACTIONS_ABOVE_0 = ("tau",)
 OF_ONE_CALL = ("resume", "evaluate", "eval_episodes", "capture_video")  # arguments that a resumed run does not inherit
 
 
@@ -73,12 +99,13 @@ def check_args(args) -> None:
         (AT_LEAST_0, lambda value: 0 <= value < math.inf, "at least 0"),
         (ABOVE_0, lambda value: 0 < value < math.inf, "above 0"),
         (FRACTIONS, lambda value: 0 <= value <= 1, "between 0 and 1"),
+        (FRACTIONS_ABOVE_0, lambda value: 0 < value <= 1, "above 0 and at most 1"),
         (("seed",), lambda value: 0 <= value < 2**32, "between 0 and 2^32 - 1"),
     )
     for names, accepts, description in rules:
         for name in names:
-            values = getattr(args, name, ())
-            for value in values if isinstance(values, tuple) else (values,):
+            values = getattr(args, name, None)
+            for value in values if isinstance(values, tuple) else () if values is None else (values,):
                 if not accepts(value):
                     raise InputError(f"--{name.replace('_', '-')} must be {description}, not {value:g}")
     if (args.capture_video or args.evaluate) and not args.eval_episodes:

@@ -14,7 +14,7 @@ def train(run: Run, iterations: Iterator, snapshot: Callable, rng: np.random.Gen
     Args:
         run: where to log.
         iterations: trains, and yields after each iteration T, the rows of episodes.csv since the one before, and the
-            values of the run's metrics by name.
+            values of the run's metrics by name, none where there is nothing to tell yet.
         snapshot: returns copies of the tensors, by name, that the checkpoint is to hold.
         rng: the random generator of the training.
 
@@ -36,7 +36,8 @@ def train(run: Run, iterations: Iterator, snapshot: Callable, rng: np.random.Gen
         run.start()
         for step, episodes, metrics in iterations:
             latest = snapshot(), {0: rng.bit_generator.state}
-            sums, count = {name: value + metrics[name] for name, value in sums.items()}, count + 1
+            if metrics:
+                sums, count = {name: value + metrics[name] for name, value in sums.items()}, count + 1
             run.log_episodes(episodes)
             if step >= next_log * interval:
                 log_and_save()
