@@ -43,7 +43,7 @@ class Args:
     """steps between two updates, of all environments together; rounded down to a multiple of --num-envs"""
     gamma: float = 0.99
     """discount factor"""
-    gae_lambda: float = 0.97
+    gae_lambda: float = 0.95
     """lambda: 0 has the least variance and the most bias, 1 no bias and the most variance"""
     trust_region: bool = True
     """update the policy inside of a trust region; without: one step of Adam on the same loss"""
@@ -65,6 +65,8 @@ class Args:
     """steps in each of its minibatches"""
     norm_obs: bool = True
     """subtract the running mean from the observations and divide by the running standard deviation"""
+    norm_returns: bool = True
+    """do the same to the returns that the value function is fitted to"""
     log_interval: int = 5_000
     """steps between two rows of metrics.csv; the checkpoint is renewed as often"""
     log_dir: str = "runs"
@@ -88,6 +90,24 @@ def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+class RunningStatistics(nn.Module):
+    """Running mean and standard deviation, at least 1e-4, of vectors of `size` numbers."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("std", torch.ones(size))
+        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
+
+    def update(self, data: np.ndarray, memory: float = math.inf) -> None:
+        """Take in `data`, shape (n, size). What came before weighs as much as `memory` vectors at most."""
+        moments = data.mean(0, np.float64), data.var(0, np.float64), len(data)
+        running = self.mean.double().numpy(), self.std.double().numpy() ** 2, min(self.count.item(), memory)
+        mean, var, count = update_mean_var_count_from_moments(*running, *moments)
+        for buffer, value in ((self.mean, mean), (self.std, np.maximum(np.sqrt(var), 1e-4)), (self.count, count)):
+            buffer.copy_(torch.as_tensor(value))
+
+
 class ActorCritic(nn.Module):
     """The policy pi(a|s; theta) and the value function V(s).
 
@@ -95,7 +115,7 @@ class ActorCritic(nn.Module):
     deviation is a parameter by itself, in units in which the bounds lie at -1 and 1; draws are clipped to the bounds.
 
     The attribute `theta` is one vector of which every parameter of the policy is a view: to write to it is to change
-    the policy. The buffers `mean`, `std` and `count` are the running statistics that observations are normalised by.
+    the policy. Observations, and the returns that the critic is fitted to, are normalised by running statistics.
     """
 
     def __init__(self, observation_size: int, action_space: spaces.Space):
@@ -104,9 +124,7 @@ class ActorCritic(nn.Module):
         outputs = int(action_space.n) if self.discrete else math.prod(action_space.shape)
         self.actor, self.critic = mlp(observation_size, outputs, gain=0.01), mlp(observation_size, 1, gain=1.0)
         self.log_std = None if self.discrete else nn.Parameter(torch.zeros(outputs))
-        self.register_buffer("mean", torch.zeros(observation_size))
-        self.register_buffer("std", torch.ones(observation_size))
-        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
+        self.observations, self.returns = RunningStatistics(observation_size), RunningStatistics(1)
         self.theta = parameters_to_vector(self.policy_parameters()).detach()
         vector_to_parameters(self.theta, self.policy_parameters())
         # The actor again, as numpy views of the same memory: for a few observations it takes a third of torch's time.
@@ -121,18 +139,26 @@ class ActorCritic(nn.Module):
 
     def normalize(self, observations: np.ndarray) -> np.ndarray:
         """Observations, shape (..., observation_size), in standard deviations from the running mean; at most 10."""
-        if self.count.item() < 1:
+        if self.observations.count.item() < 1:
             return observations
-        normalized = (observations - self.mean.numpy()) / self.std.numpy()
+        normalized = (observations - self.observations.mean.numpy()) / self.observations.std.numpy()
         return np.minimum(np.maximum(normalized, -10), 10)
 
-    def update_statistics(self, observations: np.ndarray) -> None:
-        """Take observations, shape (n, observation_size), into the running mean and standard deviation."""
-        moments = observations.mean(0, np.float64), observations.var(0, np.float64), len(observations)
-        running = self.mean.double().numpy(), self.std.double().numpy() ** 2, self.count.item()
-        mean, var, count = update_mean_var_count_from_moments(*running, *moments)
-        for buffer, value in ((self.mean, mean), (self.std, np.maximum(np.sqrt(var), 1e-4)), (self.count, count)):
-            buffer.copy_(torch.as_tensor(value))
+    def value(self, observations: torch.Tensor) -> torch.Tensor:
+        """V(s) for normalised observations, shape (..., observation_size), without the last dimension."""
+        return self.returns.mean + self.returns.std * self.critic(observations).squeeze(-1)
+
+    def normalize_returns(self, returns: np.ndarray) -> None:
+        """Renew the statistics of returns, shape (n,); the last layer makes up for it, so that V stays the same.
+
+        That is PopArt of van Hasselt et al. 2016, Learning Values across Many Orders of Magnitude. The latest batch
+        makes up a tenth of the statistics or more, because returns grow while the policy learns.
+        """
+        mean, std, last = self.returns.mean.clone(), self.returns.std.clone(), self.critic[-1]
+        self.returns.update(returns[:, None], memory=9 * len(returns))
+        with torch.no_grad():
+            last.weight.mul_(std / self.returns.std)
+            last.bias.copy_((mean + std * last.bias - self.returns.mean) / self.returns.std)
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """The parameters that theta consists of."""
@@ -174,8 +200,10 @@ def compute_gae(rewards, values, next_values, terminated, truncated, gamma: floa
 
         delta_t = r_t + gamma V(s_{t+1}) - V(s_t)       A_t = delta_t + gamma lambda A_{t+1}
 
-    which is the sum over l of (gamma lambda)^l delta_{t+l}, as far as the episode and the batch go. V of a terminal
-    state is 0; at a time limit, which is not terminal, and where the batch ends V(s_{t+1}) stands for what is beyond.
+    which is the sum over l of (gamma lambda)^l delta_{t+l}, as far as the episode and the batch go, and the mean of the
+    k-step advantages A^(k) weighted by (1 - lambda) lambda^(k-1). A^(k) has k terms, gamma^l delta_{t+l} for l = 0 to
+    k - 1; the slide's sum goes on to k, one too far. V of a terminal state is 0. A time limit is not terminal: there,
+    and where the batch ends, V(s_{t+1}) stands for what is beyond.
 
     Args: arrays of shape (steps, environments)
         rewards: r_t.
@@ -293,16 +321,18 @@ def update_policy(model: ActorCritic, optimizer, observations, actions, advantag
 
 def fit_value_function(model: ActorCritic, optimizer, observations, returns, args: Args, rng) -> float:
     """Regress V(s) on `returns`, shape (n,), in minibatches. Returns the mean squared error."""
-    losses = []
+    if args.norm_returns:
+        model.normalize_returns(returns.numpy())
+    targets, losses = (returns - model.returns.mean) / model.returns.std, []
     for _ in range(args.vf_epochs):
         for indices in np.array_split(rng.permutation(len(returns)), max(1, len(returns) // args.minibatch_size)):
             values = model.critic(observations[indices]).squeeze(-1)
-            loss = F.mse_loss(values, returns[indices])
+            loss = F.mse_loss(values, targets[indices])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-    return float(np.mean(losses))
+    return float(np.mean(losses)) * model.returns.std.item() ** 2
 
 
 METRICS = {  # columns of metrics.csv, with their families in TensorBoard
@@ -352,8 +382,8 @@ def learn(model: ActorCritic, optimizers: dict, args: Args, T: int, rng, seconds
 
         inputs = torch.from_numpy(model.normalize(observations))
         with torch.no_grad():
-            values = model.critic(inputs).squeeze(-1).numpy()
-            next_values = model.critic(torch.from_numpy(model.normalize(next_observations))).squeeze(-1).numpy()
+            values = model.value(inputs).numpy()
+            next_values = model.value(torch.from_numpy(model.normalize(next_observations))).numpy()
         advantages = compute_gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
         returns, mean, std = advantages + values, advantages.mean(), advantages.std()
         if not math.isfinite(std):
@@ -365,7 +395,7 @@ def learn(model: ActorCritic, optimizers: dict, args: Args, T: int, rng, seconds
         metrics = update_policy(model, optimizers["actor"], inputs, actions, normalized, args)
         metrics["value_loss"] = fit_value_function(model, optimizers["critic"], inputs, targets, args, rng)
         if args.norm_obs:
-            model.update_statistics(observations.reshape(-1, *observation_shape))
+            model.observations.update(observations.reshape(-1, *observation_shape))
         metrics["explained_variance"] = 1 - (returns - values).var() / max(returns.var(), 1e-12)
         metrics |= {"advantage_mean": mean, "advantage_std": std, "learning_rate": args.learning_rate}
         yield T, episodes, metrics

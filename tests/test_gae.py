@@ -60,7 +60,7 @@ def load_model(checkpoint, env_id) -> ActorCritic:
 
 
 def value(model, *observation) -> float:
-    return model.critic(torch.from_numpy(model.normalize(np.array([observation], np.float32)))).item()
+    return model.value(torch.from_numpy(model.normalize(np.array([observation], np.float32)))).item()
 
 
 def policy(model, *observation):
@@ -210,13 +210,32 @@ def test_running_statistics_are_those_of_all_observations():
     np.testing.assert_array_equal(model.normalize(observations), observations)  # nothing known yet: as they are
     data = rng.normal([0, 5, -3, 100], [1, 0.1, 20, 3], size=(1000, 4))
     for part in np.split(data, [1, 10, 500]):
-        model.update_statistics(part)
-    np.testing.assert_allclose(model.mean, data.mean(0), rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(model.std, data.std(0), rtol=1e-2)
+        model.observations.update(part)
+    np.testing.assert_allclose(model.observations.mean, data.mean(0), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(model.observations.std, data.std(0), rtol=1e-2)
     normalized = model.normalize(data)
     np.testing.assert_allclose(normalized.mean(0), 0, atol=1e-2)
     np.testing.assert_allclose(normalized.std(0), 1, rtol=1e-2)
     assert np.abs(model.normalize(data * 1e6)).max() == 10
+    constant = gae.RunningStatistics(1)
+    constant.update(np.full((1_000_000, 1), 3.0))
+    assert constant.std == pytest.approx(1e-4)  # nothing is ever divided by zero
+
+
+def test_returns_are_normalised_and_values_stay_the_same():
+    model, observations, rng = make_model(SPACES[0]), torch.randn(64, 4), np.random.default_rng(0)
+    first = model.value(observations).detach()
+    mean, var = 0.0, 0.0
+    for i in range(14):
+        batch = rng.normal(50 * i, 1 + i, 100)
+        model.normalize_returns(batch)
+        torch.testing.assert_close(model.value(observations), first, rtol=1e-3, atol=1e-2)
+        share = max(1 / (i + 1), 1 / 10)  # of the latest batch: all alike at first, then a tenth
+        means, variances = np.array([mean, batch.mean()]), np.array([var, batch.var()])
+        mean = np.array([1 - share, share]) @ means
+        var = np.array([1 - share, share]) @ (variances + (means - mean) ** 2)
+        assert model.returns.mean.item() == pytest.approx(mean, rel=1e-3, abs=1e-3)
+        assert model.returns.std.item() == pytest.approx(math.sqrt(var), rel=1e-3)
 
 
 # Oracles: the trust region
@@ -353,14 +372,19 @@ def test_no_advantage_no_step():
     assert torch.equal(model.theta, before)
 
 
-def test_value_function_is_fitted_to_the_returns():
+@pytest.mark.parametrize("norm_returns", [True, False])
+def test_value_function_is_fitted_to_the_returns(norm_returns):
     model, observations = make_model(SPACES[0]), torch.randn(512, 4)
-    returns = observations.sum(-1)
+    returns = 5 * observations.sum(-1) + 20
     optimizer, rng = torch.optim.Adam(model.critic.parameters(), 1e-2), np.random.default_rng(0)
-    first = gae.fit_value_function(model, optimizer, observations, returns, Args(vf_epochs=1), rng)
-    last = gae.fit_value_function(model, optimizer, observations, returns, Args(vf_epochs=30), rng)
-    assert last < 0.2 * first
-    assert (model.critic(observations).squeeze(-1) - returns).square().mean() < 0.05
+    with torch.no_grad():
+        error = (model.value(observations) - returns).square().mean().item()
+    args = Args(vf_epochs=1, minibatch_size=512, norm_returns=norm_returns)
+    assert gae.fit_value_function(model, optimizer, observations, returns, args, rng) == pytest.approx(error, rel=1e-3)
+    args = Args(vf_epochs=100, norm_returns=norm_returns)
+    gae.fit_value_function(model, optimizer, observations, returns, args, rng)
+    assert (model.value(observations) - returns).square().mean() < 0.02 * returns.var()
+    assert (model.returns.count > 1) == norm_returns
 
 
 # Oracles: what the update is given
@@ -390,7 +414,7 @@ def test_batches_are_what_happened(monkeypatch, env_id):
             reference.normalize(np.array([step[k] for step in steps], np.float32)) for k in (0, 3)
         )
         values, next_values = (
-            reference.critic(torch.from_numpy(x)).detach().numpy().reshape(13, 3)
+            reference.value(torch.from_numpy(x)).detach().numpy().reshape(13, 3)
             for x in (observations, next_observations)
         )
         rewards, terminated, truncated = (np.array([s[k] for s in steps]).reshape(13, 3) for k in (2, 4, 5))
@@ -419,7 +443,7 @@ def test_batches_are_what_happened(monkeypatch, env_id):
         over = [39 * number + j for j, step in enumerate(steps) if step[4] or step[5]]
         assert [row[0] for row in episodes] == [j + 1 for j in over]
         assert [row[2] for row in episodes] == [j % 3 for j in over]
-        reference.update_statistics(np.array([step[0] for step in steps], np.float32))  # after the batch, not before
+        reference.observations.update(np.array([step[0] for step in steps], np.float32))  # after the batch, not before
     assert ends == {"terminated", "truncated"}
 
 
@@ -502,7 +526,7 @@ def test_smoke_environments(tmp_path, env_id, options):
     )
     assert checkpoint["step"] >= 300
     assert json.loads((folder / "evaluation.json").read_text())["episodes"] == 1
-    assert (checkpoint["model"]["count"] > 1) == options.get("norm_obs", True)
+    assert (checkpoint["model"]["observations.count"] > 1) == options.get("norm_obs", True)
 
 
 def test_the_statistics_are_part_of_the_evaluation(tmp_path, monkeypatch, capsys):
@@ -510,7 +534,7 @@ def test_the_statistics_are_part_of_the_evaluation(tmp_path, monkeypatch, capsys
     returns = json.loads((folder / "evaluation.json").read_text())["returns"]
     monkeypatch.setattr(sys, "argv", ["gae.py", "--evaluate", str(folder), "--eval-episodes", "5"])
     for scale, same in ((1.0, True), (1e6, False)):
-        checkpoint["model"]["std"] *= scale
+        checkpoint["model"]["observations.std"] *= scale
         torch.save(checkpoint, folder / "checkpoint.pt")
         with pytest.raises(SystemExit) as exit_info:
             command_line(gae.main, Args)
@@ -593,7 +617,8 @@ def test_kill_9_then_resume(start):
     assert "greedy return" in out
     after = load(folder)
     assert after["step"] == before["step"] + 1000
-    assert after["model"]["count"] == pytest.approx(after["step"], rel=1e-3)  # of the statistics: none is forgotten
+    count = after["model"]["observations.count"]  # of the statistics: none is forgotten
+    assert count == pytest.approx(after["step"], rel=1e-3)
     pd.testing.assert_frame_equal(pd.read_csv(folder / "episodes.csv").head(len(known)), known, check_dtype=False)
 
 
@@ -610,7 +635,7 @@ def test_resume_goes_on_with_everything(tmp_path, capsys):
     assert after[0]["random_states"] == after[1]["random_states"] != before["random_states"]
     steps = [checkpoint["critic_optimizer"]["state"][0]["step"].item() for checkpoint in (before, after[0])]
     assert steps[1] == 2 * steps[0] > 0
-    assert after[0]["model"]["count"] > 1.9 * before["model"]["count"]
+    assert after[0]["model"]["observations.count"] > 1.9 * before["model"]["observations.count"]
 
 
 @pytest.mark.parametrize(
