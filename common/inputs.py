@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import gymnasium as gym
 import numpy as np
+import psutil
 import torch
 import tyro
 from gymnasium import spaces
@@ -174,6 +175,14 @@ def check_env(args, checkpoint: dict | None) -> tuple[int, spaces.Space]:
     if args.capture_video:
         _check_film(args.env_id)
     return spaces.flatdim(space), action_space
+
+
+def check_memory(flag: str, count: int, size: int) -> None:
+    """Raise InputError if `count` things of `size` bytes, as many as `flag` asks for, do not fit into free memory."""
+    free = psutil.virtual_memory().available
+    if count * size > free:
+        needed = f"{flag} {count:,} needs {count * size / 2**20:,.0f} MiB of memory, and {free / 2**20:,.0f} are free"
+        raise InputError(f"{needed}: give {free // size:,} at most")
 
 
 def _check_film(env_id: str) -> None:

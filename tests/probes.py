@@ -243,5 +243,77 @@ class InfiniteReward(Failing):
         pass
 
 
+# Continuous actions between bounds that are finite and not symmetric
+
+BOUNDED = spaces.Box(np.array([0, -5], np.float32), np.array([10, 3], np.float32))
+
+
+class BoundedScript(Script):
+    """`Script` with two continuous actions."""
+
+    action_space = BOUNDED
+
+
+class BoundedConstant(Constant):
+    """Q(s, a) = 1."""
+
+    action_space = BOUNDED
+
+
+class BoundedOnlyTruncates(OnlyTruncates):
+    """Q(s, a) = 1 / (1 - gamma)."""
+
+    action_space = BOUNDED
+
+
+class BoundedTarget(ByObservation):
+    """The reward is 1 minus the squared distance from (7, -2) on observation 1 and from (2, 1) on observation -1."""
+
+    action_space = BOUNDED
+
+    def play(self, action):
+        assert self.action_space.contains(action), action
+        target = np.array([7, -2] if self.sign > 0 else [2, 1])
+        return 1.0 - float((((action - target) / np.array([5, 4])) ** 2).sum())
+
+
+class BoundedByLaterAction(ByLaterAction):
+    """Two steps; the second pays 1 at the bounds (10, -5), less elsewhere. Q of the first is gamma, of the second 1."""
+
+    action_space = BOUNDED
+
+    def play(self, action):
+        return float(action[0] / 10 - (action[1] + 5) / 8) if self.t else 0.0
+
+
+class FailsLater(Failing):
+    """`fail` is called in the 140th step."""
+
+    action_space = BOUNDED
+    steps = -100
+
+
+class NotANumberLater(NotANumber, FailsLater):
+    pass
+
+
+class InfiniteRewardLater(InfiniteReward, FailsLater):
+    pass
+
+
+class Interrupted(FailsLater):
+    """Ctrl-C in the 140th step."""
+
+    def fail(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+class Terminated(FailsLater):
+    """SIGTERM in the 140th step."""
+
+    def fail(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
 for cls in [value for value in globals().values() if isinstance(value, type) and issubclass(value, Probe)]:
     gym.register(f"{cls.__name__}-v0", cls)
