@@ -3,14 +3,14 @@
     pip install -r experiments/requirements.txt
     python experiments/gae_gamma_lambda.py --parallel 2 --output-dir gae_gamma_lambda
 
-About 10 minutes on two cores. It is figure 2, on the right, of Schulman et al. 2016, which shows the performance on a
+About 7 minutes on two cores. It is figure 2, on the right, of Schulman et al. 2016, which shows the performance on a
 cart-pole task after 20 iterations and has its best results where both are intermediate. Here a run is `gae.py` with
-its defaults but gamma and lambda, on CartPole-v1, for 40,000 steps, which are 20 batches; its result is the mean return
-of the training episodes that end in the last fifth of the steps, and the table's the mean over the seeds.
+its defaults but gamma and lambda, on CartPole-v1, for 40,000 steps, which are 20 batches. It has two results: the mean
+return of the training episodes that end in the last fifth of the steps, how good it has become, and of all its
+episodes, how soon. The tables have the means over the seeds.
 
-Into the folder `--output-dir` go gamma_lambda.csv with a row for each run, in which `return_all` is the mean over all
-episodes of the run, and gamma_lambda.png, the heat map. A run that fails is left out and reported, and the exit code
-is 1.
+Into the folder `--output-dir` go gamma_lambda.csv, with a row for each run and the results as `return` and
+`return_all`, and gamma_lambda.png, the heat maps. A run that fails is left out and reported, and the exit code is 1.
 """
 
 import signal
@@ -103,19 +103,34 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(lines + [f"| {name:g} | {' | '.join(map(cell, row))} |" for name, row in table.iterrows()])
 
 
-def draw(table: pd.DataFrame, title: str, path: Path) -> None:
-    """The heat map, brighter where the return is higher, with every number in its field."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    image = axes.imshow(table, cmap="viridis", origin="lower", aspect="auto")
-    axes.set_xticks(range(len(table.columns)), [f"{name:g}" for name in table.columns])
-    axes.set_yticks(range(len(table.index)), [f"{name:g}" for name in table.index])
-    axes.set(xlabel="λ", ylabel="γ", title=title)
-    for (row, column), value in np.ndenumerate(table):
-        if np.isfinite(value):
-            color = "black" if image.norm(value) > 0.5 else "white"
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=color)
-    figure.colorbar(image, label="mean return")
-    figure.savefig(path, dpi=150)
+def draw(tables: dict[str, pd.DataFrame], title: str, path: Path) -> None:
+    """A heat map for each table, brighter where the return is higher, with every number in its field."""
+    figure, panels = plt.subplots(len(tables), figsize=(8, 4 * len(tables)), layout="constrained")
+    figure.suptitle(title)
+    for axes, (name, table) in zip(panels, tables.items(), strict=True):
+        image = axes.imshow(table, cmap="viridis", origin="lower", aspect="auto")
+        axes.set_xticks(range(len(table.columns)), [f"{value:g}" for value in table.columns])
+        axes.set_yticks(range(len(table.index)), [f"{value:g}" for value in table.index])
+        axes.set(xlabel="λ", ylabel="γ", title=name)
+        for (row, column), value in np.ndenumerate(table):
+            if np.isfinite(value):
+                color = "black" if image.norm(value) > 0.5 else "white"
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=color)
+        figure.colorbar(image, label="mean return")
+    figure.savefig(path, dpi=100)
+
+
+def report(runs: pd.DataFrame, args: Args) -> None:
+    """Write and print what the runs, a row each, amount to."""
+    runs.to_csv(args.output_dir / "gamma_lambda.csv", index=False)
+    names = {"return": "episodes that end in the last fifth of the steps", "return_all": "all episodes"}
+    tables = {
+        name: runs.pivot_table(index="gamma", columns="lambda", values=column).reindex(index=GAMMAS, columns=LAMBDAS)
+        for column, name in names.items()
+    }
+    title = f"{args.env_id}, {args.total_timesteps:,} steps, mean return of {args.repeats} runs"
+    print(title, *(f"{name}:\n\n{markdown(table)}" for name, table in tables.items()), sep="\n\n")
+    draw(tables, title, args.output_dir / "gamma_lambda.png")
 
 
 def main(args: Args) -> int:
@@ -126,12 +141,7 @@ def main(args: Args) -> int:
         results.append(result)
         print("seed {}, gamma {}, lambda {}: {:.1f}, all episodes {:.1f}".format(*result), file=sys.stderr)
     runs = pd.DataFrame(results, columns=["seed", "gamma", "lambda", "return", "return_all"])
-    runs = runs.sort_values(["seed", "gamma", "lambda"])
-    runs.to_csv(args.output_dir / "gamma_lambda.csv", index=False)
-    table = runs.pivot_table(index="gamma", columns="lambda", values="return").reindex(index=GAMMAS, columns=LAMBDAS)
-    title = f"{args.env_id}, the last fifth of {args.total_timesteps:,} steps, mean of {args.repeats} runs"
-    print(f"{title}\n\n{markdown(table)}")
-    draw(table, title, args.output_dir / "gamma_lambda.png")
+    report(runs.sort_values(["seed", "gamma", "lambda"]), args)
     print("\n" + ("\n".join(f"FAILED: {line}" for line in failures) or "No run failed."))
     return int(bool(failures))
 

@@ -780,6 +780,18 @@ def test_actions_are_mu_plus_noise_within_the_bounds(tmp_path, monkeypatch, nois
     assert steps.mean() == pytest.approx(0.7 * (2 if noise == "gaussian" else 1.1) * (2 / math.pi) ** 0.5, rel=0.5)
 
 
+def test_discrete_actions_are_samples_of_mu(tmp_path, monkeypatch):
+    """As often as the softmax says, another action than the likeliest is taken."""
+    play = Play(tmp_path, monkeypatch, "Script", learning_starts=30, total_timesteps=430)
+    s, a = (torch.tensor(part[30:]) for part in play.rows[:2])
+    with torch.no_grad():
+        likeliest = play.model.actor.net(s).softmax(1).max(1)
+    others = (a.argmax(1) != likeliest.indices).sum().item()
+    p = 1 - likeliest.values
+    assert others == pytest.approx(p.sum().item(), abs=4 * (p * (1 - p)).sum().sqrt().item())
+    assert others > 40
+
+
 @pytest.mark.parametrize("noise", ["gaussian", "ou"])
 def test_noise_begins_anew_with_every_episode(tmp_path, monkeypatch, noise):
     play = Play(tmp_path, monkeypatch, noise=noise, learning_starts=30, total_timesteps=230)
@@ -1109,6 +1121,24 @@ def test_an_environment_that_raises_ends_the_run(tmp_path, capsys):
     assert 40 < check_tables(folder)["step"] < 140
 
 
+def test_what_is_saved_after_an_error_is_the_state_at_the_checkpoints_step(tmp_path, capsys):
+    """The steps that the failed iteration had done count as not begun, so that a run as long as that is the same."""
+    _, _, folder = run_here(tmp_path, capsys, env_id="probes:FailsLater-v0")
+    failed = load(folder)
+    _, _, folder = run_here(
+        tmp_path / "again", capsys, env_id="probes:FailsLater-v0", total_timesteps=failed["step"], eval_episodes=0
+    )
+    whole = load(folder)
+    assert failed["step"] == whole["step"]
+    assert are_equal(list(failed["model"].values()), list(whole["model"].values()))
+    for name in ("actor_optimizer", "critic_optimizer"):
+        moments = [list(checkpoint[name]["state"][0].values()) for checkpoint in (failed, whole)]
+        assert are_equal(*moments)
+        assert len(moments[0]) == 3
+    assert failed["random_states"] == whole["random_states"]
+    assert torch.equal(failed["torch_random_state"], whole["torch_random_state"])
+
+
 def test_an_environment_that_cannot_be_reset_ends_the_run(tmp_path, capsys):
     code, err, _ = run_here(tmp_path, capsys, env_id="probes:FailsAtReset-v0")
     assert code == 1
@@ -1339,7 +1369,8 @@ def test_resume_needs_the_replay_memory_as_it_was(tmp_path, monkeypatch, capsys)
     ],
 )
 def test_bad_input(monkeypatch, capsys, tmp_path, arguments, text):
-    assert text in refuse(monkeypatch, capsys, tmp_path, *arguments)
+    short = () if "--total-timesteps" in arguments else ("--total-timesteps", 20)  # should it be accepted
+    assert text in refuse(monkeypatch, capsys, tmp_path, *short, *arguments)
 
 
 def test_a_replay_memory_that_does_not_fit_is_refused(monkeypatch, capsys, tmp_path):
