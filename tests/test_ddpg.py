@@ -1255,6 +1255,8 @@ def test_resume_goes_on_with_everything(tmp_path, env_id, options):
     assert not are_equal(list(after[0]["model"].values()), list(before["model"].values()))
     assert after[0]["random_states"] == after[1]["random_states"] != before["random_states"]
     assert torch.equal(after[0]["torch_random_state"], after[1]["torch_random_state"])
+    was_drawn_from = not torch.equal(after[0]["torch_random_state"], before["torch_random_state"])
+    assert was_drawn_from == (env_id == "CartPole-v1")  # by Gumbel-Softmax
     for name in ("actor_optimizer", "critic_optimizer"):
         steps = [checkpoint[name]["state"][0]["step"].item() for checkpoint in (before, after[0])]
         assert steps == [51, 111]  # one for each step from the 50th on
