@@ -65,6 +65,8 @@ class Args:
     """how fast the Ornstein-Uhlenbeck process returns to 0"""
     gumbel_temperature: float = 1.0
     """of the differentiable samples that take the place of mu(s) where actions are Discrete"""
+    num_threads: int = 1
+    """torch's threads: a second one pays from minibatches of about 256 on"""
     log_interval: int = 1_000
     """steps between two rows of metrics.csv; the checkpoint is renewed as often"""
     log_dir: str = "runs"
@@ -341,7 +343,7 @@ def learn(model: DDPG, optimizers: dict, buffer: ReplayBuffer, args: Args, rng, 
     Raises:
         FloatingPointError: a loss or a gradient is not finite.
     """
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.num_threads)
     env, actor, T = make_env(args.env_id), model.actor, buffer.count
     # Initialize a random process N for action exploration
     noise = GaussianNoise(actor.action_size, rng)

@@ -22,6 +22,7 @@ AT_LEAST_1 = (
     "num_envs",
     "batch_size",
     "minibatch_size",
+    "num_threads",
     "buffer_size",
     "cg_iterations",
     "fisher_stride",
