@@ -7,7 +7,9 @@ that the lecture shows or names. To begin with: python ddpg.py
 import copy
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -172,7 +174,7 @@ class Critic(nn.Module):
 class DDPG(nn.Module):
     """mu, Q and their target networks mu' and Q', which without target networks are mu and Q themselves.
 
-    All are in evaluation mode but while their own gradient is taken: batch normalisation then uses the minibatch.
+    All are in evaluation mode but `by_minibatch`.
     """
 
     def __init__(self, observation_size: int, action_space: spaces.Space, args: Args):
@@ -181,7 +183,26 @@ class DDPG(nn.Module):
         self.critic = Critic(observation_size, self.actor.action_size, args.batch_norm, args.action_layer)
         self.target_actor = copy.deepcopy(self.actor) if args.target_network else self.actor
         self.target_critic = copy.deepcopy(self.critic) if args.target_network else self.critic
+        self.batch_norm = args.batch_norm
         self.eval()
+
+    @contextmanager
+    def by_minibatch(self, network: nn.Module) -> Iterator[None]:
+        """While a network's own gradient is taken, it normalises by the minibatch and renews the running statistics."""
+        if self.batch_norm:
+            network.train()
+        yield
+        if self.batch_norm:
+            network.eval()
+
+    @cached_property
+    def tensors(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """theta' and theta: the target networks' parameters and running statistics, and the networks'."""
+        targets, networks = (self.target_critic, self.target_actor), (self.critic, self.actor)
+        return tuple(
+            [tensor for network in these for tensor in network.state_dict().values() if tensor.is_floating_point()]
+            for these in (targets, networks)
+        )
 
 
 class ReplayBuffer:
@@ -208,11 +229,10 @@ class ReplayBuffer:
         self.capacity, self.count, self.ends = capacity, count, np.cumsum(sizes)[:-1]
         shape = capacity, sum(sizes)
         if not count:
-            self.rows = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-        elif (rows := np.lib.format.open_memmap(path, "r+")).shape == shape:
-            self.rows = rows
-        else:
+            rows = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+        elif (rows := np.lib.format.open_memmap(path, "r+")).shape != shape:
             raise ValueError(f"{path} has the shape {rows.shape}, not {shape}")
+        self.rows = np.asarray(rows)  # the same memory without the slow indexing of np.memmap
 
     def add(self, observation, action, reward: float, next_observation, terminated: bool) -> None:
         """Store a transition in place of the oldest."""
@@ -274,9 +294,8 @@ def critic_loss(model: DDPG, batch: list[torch.Tensor], gamma: float) -> tuple[t
     with torch.no_grad():
         next_values = model.target_critic(next_observations, model.target_actor(next_observations))
         y = td_target(rewards, next_values, terminated, gamma)
-    model.critic.train()
-    values = model.critic(observations, actions)
-    model.critic.eval()
+    with model.by_minibatch(model.critic):
+        values = model.critic(observations, actions)
     assert values.shape == y.shape, (values.shape, y.shape)
     return F.mse_loss(values, y), values.detach().mean()
 
@@ -286,9 +305,8 @@ def actor_gradient(model: DDPG, observations: torch.Tensor) -> torch.Tensor:
 
     grad J = 1/N sum grad_a Q(s, a) at s = s_i, a = mu(s_i), times grad mu(s_i) (Lillicrap et al. 2016, equation 6).
     """
-    model.actor.train()
-    mu = model.actor(observations)
-    model.actor.eval()
+    with model.by_minibatch(model.actor):
+        mu = model.actor(observations)
     actions = mu.detach().requires_grad_()
     loss = -model.critic(observations, actions).mean()
     (grad_a,) = torch.autograd.grad(loss, actions)
@@ -297,14 +315,9 @@ def actor_gradient(model: DDPG, observations: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def soft_update(target: nn.Module, network: nn.Module, tau: float) -> None:
+def soft_update(targets: list[torch.Tensor], networks: list[torch.Tensor], tau: float) -> None:
     """theta' <- tau theta + (1 - tau) theta'; so do the running statistics of batch normalisation."""
-    for name in ("parameters", "buffers"):
-        theirs, ours = (
-            [tensor for tensor in getattr(net, name)() if tensor.is_floating_point()] for net in (target, network)
-        )
-        if ours:
-            torch._foreach_lerp_(theirs, ours, tau)
+    torch._foreach_lerp_(targets, networks, tau)
 
 
 def update(model: DDPG, optimizers: dict, batch: list[torch.Tensor], args: Args) -> dict[str, torch.Tensor]:
@@ -320,8 +333,7 @@ def update(model: DDPG, optimizers: dict, batch: list[torch.Tensor], args: Args)
     optimizers["actor"].step()
     # Update the target networks
     if args.target_network:
-        soft_update(model.target_critic, model.critic, args.tau)
-        soft_update(model.target_actor, model.actor, args.tau)
+        soft_update(*model.tensors, args.tau)
     return {"critic_loss": loss.detach(), "actor_loss": actor_loss, "q_values": q_values}
 
 
@@ -362,7 +374,7 @@ def learn(model: DDPG, optimizers: dict, buffer: ReplayBuffer, args: Args, rng, 
             elif actor.discrete:  # a sample of mu(s_t), which explores by itself
                 action = actor.act(observation)
             else:
-                action = np.clip(actor.act(observation) + noise.sample(std), -1, 1)
+                action = np.minimum(np.maximum(actor.act(observation) + noise.sample(std), -1), 1)
             # Execute it, observe r_t and s_{t+1}
             next_observation, reward, terminated, truncated, _ = env.step(actor.to_env(action))
             next_observation = np.asarray(next_observation, np.float32)

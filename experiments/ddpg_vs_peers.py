@@ -18,9 +18,9 @@ Pendulum-v1 ddpg.py runs with all of its defaults, too, where the action enters 
 
 "speed": environment steps per second on HalfCheetah-v5 while there is an update at each of them, with minibatches of
 256 and of 64, 3 repeats, in which the contestants take turns. The 1,000 random steps at the beginning do not count;
-what a run of ddpg.py writes while it trains does. ddpg.py runs with `--num-threads 2` for minibatches of 256 and with its
-default of 1 for those of 64; SB3 has one torch thread and, in the first repeat, torch's default number too, of which the
-faster goes on and is compared.
+what a run of ddpg.py writes while it trains does. ddpg.py has `--num-threads 2` for minibatches of 256 and its default
+of 1 for those of 64; SB3 has one torch thread and, in the first repeat, torch's default number too, of which the faster
+goes on and is compared.
 
 "inverted", "cartpole": the same return of ddpg.py alone after 50,000 steps of InvertedPendulum-v5, and of CartPole-v1,
 whose Discrete actions it takes by Gumbel-Softmax and which SB3's DDPG does not take; 3 seeds.

@@ -278,19 +278,16 @@ def test_targets_of_discrete_actions_are_values_of_the_sampled_one():
 @pytest.mark.parametrize("tau", [0.3, 1.0])
 def test_soft_update(tau):
     model = make_model(batch_norm=True)
-    for target, network in ((model.target_critic, model.critic), (model.target_actor, model.actor)):
-        ours = [tensor.clone() for tensor in (*network.parameters(), *network.buffers())]
-        expected = [
-            tau * mine + (1 - tau) * theirs
-            for mine, theirs in zip(ours, (*target.parameters(), *target.buffers()), strict=True)
-        ]
-        soft_update(target, network, tau)
-        names = [name for name, _ in (*target.named_parameters(), *target.named_buffers())]
-        assert sum("running" in name for name in names) == 2 * len(norms(target)) > 0
-        for name, theirs, tensor in zip(names, (*target.parameters(), *target.buffers()), expected, strict=True):
-            if theirs.is_floating_point():
-                torch.testing.assert_close(theirs.detach(), tensor.detach(), msg=name)
-        assert are_equal(ours, [*network.parameters(), *network.buffers()])
+    pairs = (model.target_critic, model.critic), (model.target_actor, model.actor)
+    ours, theirs = ([copy.deepcopy(network.state_dict()) for network in networks] for networks in zip(*pairs))
+    soft_update(*model.tensors, tau)
+    for (target, network), our_own, their_own in zip(pairs, ours, theirs, strict=True):
+        assert are_equal(list(our_own.values()), list(network.state_dict().values()))
+        assert sum("running" in name for name in their_own) == 2 * len(norms(target)) > 0
+        for name, tensor in target.state_dict().items():
+            if tensor.is_floating_point():
+                expected = tau * our_own[name] + (1 - tau) * their_own[name]
+                torch.testing.assert_close(tensor, expected, msg=name)
 
 
 def adams(model, **kwargs) -> dict:
@@ -1139,6 +1136,14 @@ def test_what_is_saved_after_an_error_is_the_state_at_the_checkpoints_step(tmp_p
     assert torch.equal(failed["torch_random_state"], whole["torch_random_state"])
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_num_threads_are_those_of_training(tmp_path, monkeypatch, num_threads):
+    seen, update = [], ddpg.update
+    monkeypatch.setattr(ddpg, "update", lambda *arguments: seen.append(torch.get_num_threads()) or update(*arguments))
+    train(tmp_path, env_id="probes:BoundedConstant-v0", total_timesteps=60, num_threads=num_threads)
+    assert seen == [num_threads] * 11
+
+
 def test_an_environment_that_cannot_be_reset_ends_the_run(tmp_path, capsys):
     code, err, _ = run_here(tmp_path, capsys, env_id="probes:FailsAtReset-v0")
     assert code == 1
@@ -1355,6 +1360,7 @@ def test_resume_needs_the_replay_memory_as_it_was(tmp_path, monkeypatch, capsys)
         (("--batch-size", 65, "--buffer-size", 64), "--batch-size must be at most --buffer-size, 64, not 65"),
         (("--batch-norm", "--batch-size", 1), "--batch-norm needs a --batch-size of at least 2"),
         (("--batch-size", 0), "--batch-size must be at least 1"),
+        (("--num-threads", 0), "--num-threads must be at least 1"),
         (("--buffer-size", 0), "--buffer-size must be at least 1"),
         (("--buffer-size", 10**12), "--buffer-size 1,000,000,000,000 needs 34,332,275 MiB of memory"),
         (("--noise-std", -0.1), "--noise-std must be at least 0, not -0.1"),
