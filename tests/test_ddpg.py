@@ -279,7 +279,7 @@ def test_targets_of_discrete_actions_are_values_of_the_sampled_one():
 def test_soft_update(tau):
     model = make_model(batch_norm=True)
     pairs = (model.target_critic, model.critic), (model.target_actor, model.actor)
-    ours, theirs = ([copy.deepcopy(network.state_dict()) for network in networks] for networks in zip(*pairs))
+    theirs, ours = ([copy.deepcopy(net.state_dict()) for net in nets] for nets in zip(*pairs, strict=True))
     soft_update(*model.tensors, tau)
     for (target, network), our_own, their_own in zip(pairs, ours, theirs, strict=True):
         assert are_equal(list(our_own.values()), list(network.state_dict().values()))
