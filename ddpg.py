@@ -68,7 +68,7 @@ class Args:
     gumbel_temperature: float = 1.0
     """of the differentiable samples that take the place of mu(s) where actions are Discrete"""
     num_threads: int = 1
-    """torch's threads: a second one pays from minibatches of about 256 on"""
+    """torch's threads: a second one, if there is a core for it, helps more the larger the minibatches are"""
     log_interval: int = 1_000
     """steps between two rows of metrics.csv; the checkpoint is renewed as often"""
     log_dir: str = "runs"
@@ -226,8 +226,9 @@ class ReplayBuffer:
 
     def __init__(self, path: Path, capacity: int, observation_size: int, action_size: int, count: int = 0):
         sizes = observation_size, action_size, 1, observation_size, 1
-        self.capacity, self.count, self.ends = capacity, count, np.cumsum(sizes)[:-1]
-        shape = capacity, sum(sizes)
+        s, a, r, s_next, end = np.cumsum((0, *sizes))[:-1]
+        self.columns = slice(s, a), slice(a, r), r, slice(s_next, end), end
+        self.capacity, self.count, shape = capacity, count, (capacity, sum(sizes))
         if not count:
             rows = np.lib.format.open_memmap(path, "w+", np.float32, shape)
         elif (rows := np.lib.format.open_memmap(path, "r+")).shape != shape:
@@ -243,8 +244,7 @@ class ReplayBuffer:
     def sample(self, n: int, rng: np.random.Generator) -> list[torch.Tensor]:
         """n random transitions: s, a, r, s' and terminated, of shapes (n, size), and (n,) for r and terminated."""
         rows = self.rows[rng.integers(min(self.count, self.capacity), size=n)]
-        s, a, r, s_next, terminated = np.split(rows, self.ends, axis=1)
-        return [torch.from_numpy(part) for part in (s, a, r[:, 0], s_next, terminated[:, 0])]
+        return [torch.from_numpy(rows[:, columns]) for columns in self.columns]
 
 
 class GaussianNoise:
@@ -324,11 +324,11 @@ def update(model: DDPG, optimizers: dict, batch: list[torch.Tensor], args: Args)
     """Learn from one minibatch: critic, actor, target networks. Returns metrics by name."""
     # Update critic by minimizing the loss
     loss, q_values = critic_loss(model, batch, args.gamma)
-    optimizers["critic"].zero_grad()
+    model.critic.zero_grad()
     loss.backward()
     optimizers["critic"].step()
     # Update the actor policy using the sampled policy gradient
-    optimizers["actor"].zero_grad()
+    model.actor.zero_grad()
     actor_loss = actor_gradient(model, batch[0])
     optimizers["actor"].step()
     # Update the target networks

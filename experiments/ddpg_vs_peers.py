@@ -18,9 +18,8 @@ Pendulum-v1 ddpg.py runs with all of its defaults, too, where the action enters 
 
 "speed": environment steps per second on HalfCheetah-v5 while there is an update at each of them, with minibatches of
 256 and of 64, 3 repeats, in which the contestants take turns. The 1,000 random steps at the beginning do not count;
-what a run of ddpg.py writes while it trains does. ddpg.py has `--num-threads 2` for minibatches of 256 and its default
-of 1 for those of 64; SB3 has one torch thread and, in the first repeat, torch's default number too, of which the faster
-goes on and is compared.
+what a run of ddpg.py writes while it trains does. ddpg.py runs with `--num-threads 2`; SB3 has one torch thread and, in
+the first repeat, torch's default number too, of which the faster goes on and is compared.
 
 "inverted", "cartpole": the same return of ddpg.py alone after 50,000 steps of InvertedPendulum-v5, and of CartPole-v1,
 whose Discrete actions it takes by Gumbel-Softmax and which SB3's DDPG does not take; 3 seeds.
@@ -73,7 +72,7 @@ LEARNING = {  # part: environment, steps, seeds, flags of each contestant
     "inverted": ("InvertedPendulum-v5", 50_000, 3, {OURS: INVERTED_FLAGS}),
     "cartpole": ("CartPole-v1", 50_000, 3, {OURS: CARTPOLE_FLAGS}),
 }
-NUM_THREADS = {256: 2, 64: 1}  # minibatches of "speed", with ddpg.py's torch threads
+BATCH_SIZES = (256, 64)  # minibatches of "speed"
 RANDOM_STEPS = 1_000  # of "speed", before those that count
 SPEED_REPEATS = 3
 EPISODES = 20  # of an evaluation
@@ -259,12 +258,12 @@ def compare_speed(args: Args, failures: list[str]) -> tuple[dict, dict]:
     seeds, steps = seeds_of(args, SPEED_REPEATS), RANDOM_STEPS + args.speed_steps
     common = f"{HALFCHEETAH_FLAGS} --env-id=HalfCheetah-v5 --total-timesteps={steps} --learning-starts={RANDOM_STEPS}"
     common += f" --log-interval={min(RANDOM_STEPS, args.speed_steps)} --eval-episodes=0"
-    titles = {batch_size: f"{SPEED}, minibatches of {batch_size}" for batch_size in NUM_THREADS}
+    titles = {batch_size: f"{SPEED}, minibatches of {batch_size}" for batch_size in BATCH_SIZES}
     runs = {title: pd.DataFrame(index=seeds, columns=[OURS, *PEERS], dtype=float) for title in titles.values()}
     rivals, ratios = dict.fromkeys(runs, tuple(PEERS)), {}
     for seed in seeds:
         for batch_size, title in titles.items():
-            flags = f"{common} --batch-size={batch_size} --num-threads={NUM_THREADS[batch_size]}"
+            flags = f"{common} --batch-size={batch_size} --num-threads=2"
             jobs = [(name, seed, flags) for name in (OURS, *rivals[title])]
             for name, _, result in play(jobs, SPEED, args, failures):
                 runs[title].loc[seed, name] = result
