@@ -60,7 +60,7 @@ class Args:
     noise: Literal["gaussian", "ou"] = "gaussian"
     """exploration: independent normal numbers, or an Ornstein-Uhlenbeck process"""
     noise_std: float = 0.1
-    """the noise's scale sigma, where -1 and 1 are the actions' bounds; of Discrete actions the share that is random"""
+    """the noise's scale sigma, in units in which the actions' bounds lie at -1 and 1"""
     final_noise_std: float | None = None
     """sigma at the end, to which it is annealed linearly; without: as at the beginning"""
     ou_theta: float = 0.15
@@ -369,9 +369,9 @@ def learn(model: DDPG, optimizers: dict, buffer: ReplayBuffer, args: Args, rng, 
         for _ in range(min(STEPS, args.total_timesteps - T)):
             # Select action a_t = mu(s_t) + N_t
             std = args.noise_std + (final_std - args.noise_std) * T / args.total_timesteps
-            if T < args.learning_starts or (actor.discrete and rng.random() < std):
+            if T < args.learning_starts:
                 action = actor.random_action(rng)
-            elif actor.discrete:  # a sample, which explores by itself until the policy is certain
+            elif actor.discrete:  # a sample of mu(s_t), which explores by itself
                 action = actor.act(observation)
             else:
                 action = np.minimum(np.maximum(actor.act(observation) + noise.sample(std), -1), 1)
@@ -462,7 +462,7 @@ def main(args: Args) -> int:
     memory = f"replay memory of {buffer.rows.nbytes / 2**20:,.1f} MiB"
     print(f"{SCRIPT}: {args.env_id}, {memory}, {run.folder}", flush=True)
     if model.actor.discrete:
-        print(f"{SCRIPT}: Discrete actions are samples by Gumbel-Softmax, a share of --noise-std is random")
+        print(f"{SCRIPT}: Discrete actions are samples by Gumbel-Softmax, which explore in place of the noise")
     exit_code = train(run, learn(model, optimizers, buffer, args, rng, run.seconds), snapshot, rng)
     if exit_code == 0:
         run.finish(*evaluate(greedy_policy, args, run.folder))

@@ -779,7 +779,7 @@ def test_actions_are_mu_plus_noise_within_the_bounds(tmp_path, monkeypatch, nois
 
 def test_discrete_actions_are_samples_of_mu(tmp_path, monkeypatch):
     """As often as the softmax says, another action than the likeliest is taken."""
-    play = Play(tmp_path, monkeypatch, "Script", learning_starts=30, total_timesteps=430, noise_std=0.0)
+    play = Play(tmp_path, monkeypatch, "Script", learning_starts=30, total_timesteps=430)
     s, a = (torch.tensor(part[30:]) for part in play.rows[:2])
     with torch.no_grad():
         likeliest = play.model.actor.net(s).softmax(1).max(1)
@@ -787,17 +787,6 @@ def test_discrete_actions_are_samples_of_mu(tmp_path, monkeypatch):
     p = 1 - likeliest.values
     assert others == pytest.approx(p.sum().item(), abs=4 * (p * (1 - p)).sum().sqrt().item())
     assert others > 40
-
-
-@pytest.mark.parametrize(("std", "final_std"), [(0.0, None), (0.6, None), (0.0, 0.6)])
-def test_a_share_of_discrete_actions_is_random(tmp_path, monkeypatch, std, final_std):
-    """Where the policy is certain, half of them can be told from its own."""
-    monkeypatch.setattr(ddpg.Actor, "act", lambda *_: np.array([1.0, 0.0]))
-    options = {"learning_starts": 30, "total_timesteps": 830, "noise_std": std, "final_noise_std": final_std}
-    play = Play(tmp_path, monkeypatch, "Script", **options)
-    random = play.rows[1][30:, 1]
-    assert random.sum() == pytest.approx(800 * (std + (std if final_std is None else final_std)) / 4, abs=50)
-    assert (random.sum() == 0) == (std == 0 and final_std is None)
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "ou"])
