@@ -4,7 +4,7 @@
     python experiments/gae_vs_peers.py --only cartpole --output gae_vs_peers_cartpole.json
     python experiments/gae_vs_peers.py --only mujoco --parallel 2 --output gae_vs_peers_mujoco.json
 
-About 15 minutes on two idle cores for "cartpole" and an hour for "mujoco"; without `--only` both parts run.
+About 15 minutes on two idle cores for "cartpole" and 40 for "mujoco"; without `--only` both parts run.
 `--repeats 1 --speed-steps 20000 --budget 20000 --mujoco-steps 4096` is a trial of two minutes.
 
 "cartpole": everyone has 8 environments. `gae.py` and TRPO run with their defaults, of which TRPO's are to gather 2,048
