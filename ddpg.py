@@ -22,7 +22,7 @@ from torch.nn.utils import get_total_norm
 
 from common.evaluation import evaluate
 from common.inputs import InputError, check_args, check_env, check_memory, command_line, make_env, read_checkpoint
-from common.iterations import train
+from common.iterations import restore, train
 from common.run import Run
 from common.seeding import seed_everything
 
@@ -324,11 +324,11 @@ def update(model: DDPG, optimizers: dict, batch: list[torch.Tensor], args: Args)
     """Learn from one minibatch: critic, actor, target networks. Returns metrics by name."""
     # Update critic by minimizing the loss
     loss, q_values = critic_loss(model, batch, args.gamma)
-    model.critic.zero_grad()
+    optimizers["critic"].zero_grad()
     loss.backward()
     optimizers["critic"].step()
     # Update the actor policy using the sampled policy gradient
-    model.actor.zero_grad()
+    optimizers["actor"].zero_grad()
     actor_loss = actor_gradient(model, batch[0])
     optimizers["actor"].step()
     # Update the target networks
@@ -426,17 +426,7 @@ def main(args: Args) -> int:
     }
     size_of_buffer = args.buffer_size, observation_size, model.actor.action_size
     if checkpoint:
-        try:
-            model.load_state_dict(checkpoint["model"])
-            for name, optimizer in optimizers.items():
-                rate = optimizer.param_groups[0]["lr"]  # this call's, not the checkpoint's
-                optimizer.load_state_dict(checkpoint[f"{name}_optimizer"])
-                optimizer.param_groups[0]["lr"] = rate
-            T, seconds = checkpoint["step"], checkpoint["seconds"]
-            rng.bit_generator.state = checkpoint["random_states"][0]
-            torch.set_rng_state(checkpoint["torch_random_state"])
-        except (RuntimeError, LookupError, TypeError, ValueError):
-            raise InputError(f"the checkpoint does not fit {args.env_id} as it is installed here") from None
+        T, seconds = restore(checkpoint, model, optimizers, rng)
 
     def greedy_policy(observation: np.ndarray):
         return model.actor.to_env(model.actor.act(observation, greedy=True))
@@ -453,17 +443,13 @@ def main(args: Args) -> int:
         except (OSError, ValueError) as error:
             raise InputError(f"--resume needs the replay memory as the run left it: {error}") from None
 
-    def snapshot() -> dict:
-        states = {f"{name}_optimizer": optimizer.state_dict() for name, optimizer in optimizers.items()}
-        return copy.deepcopy({"model": model.state_dict(), "torch_random_state": torch.get_rng_state()} | states)
-
     run = Run(SCRIPT, args, METRICS, {}, T, seconds)
     buffer = buffer or ReplayBuffer(run.folder / "replay.npy", *size_of_buffer)
     memory = f"replay memory of {buffer.rows.nbytes / 2**20:,.1f} MiB"
     print(f"{SCRIPT}: {args.env_id}, {memory}, {run.folder}", flush=True)
     if model.actor.discrete:
         print(f"{SCRIPT}: Discrete actions are samples by Gumbel-Softmax, which explore in place of the noise")
-    exit_code = train(run, learn(model, optimizers, buffer, args, rng, run.seconds), snapshot, rng)
+    exit_code = train(run, learn(model, optimizers, buffer, args, rng, run.seconds), model, optimizers, rng)
     if exit_code == 0:
         run.finish(*evaluate(greedy_policy, args, run.folder))
     return exit_code

@@ -5,7 +5,6 @@ Batches of steps from several environments, advantages by GAE(gamma, lambda), an
 inside of a trust region. To begin with: python gae.py
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from common.evaluation import evaluate
 from common.inputs import InputError, check_args, check_env, command_line, make_env, read_checkpoint
-from common.iterations import train
+from common.iterations import restore, train
 from common.run import Run
 from common.seeding import seed_everything
 
@@ -420,15 +419,7 @@ def main(args: Args) -> int:
         "critic": torch.optim.Adam(model.critic.parameters(), args.learning_rate, fused=True),
     }
     if checkpoint:
-        try:
-            model.load_state_dict(checkpoint["model"])
-            for name, optimizer in optimizers.items():
-                optimizer.load_state_dict(checkpoint[f"{name}_optimizer"])
-                optimizer.param_groups[0]["lr"] = args.learning_rate
-            T, seconds = checkpoint["step"], checkpoint["seconds"]
-            rng.bit_generator.state = checkpoint["random_states"][0]
-        except (RuntimeError, LookupError, TypeError, ValueError):
-            raise InputError(f"the checkpoint does not fit {args.env_id} as it is installed here") from None
+        T, seconds = restore(checkpoint, model, optimizers, rng)
 
     def greedy_policy(observation: np.ndarray):
         return model.to_env(model.act(model.normalize(observation[None]))[0])
@@ -439,13 +430,9 @@ def main(args: Args) -> int:
     if T >= args.total_timesteps:
         raise InputError(f"{args.resume} has done {T:,} steps already: give more with --total-timesteps")
 
-    def snapshot() -> dict:
-        states = {f"{name}_optimizer": optimizer.state_dict() for name, optimizer in optimizers.items()}
-        return copy.deepcopy({"model": model.state_dict()} | states)
-
     run = Run(SCRIPT, args, METRICS, {}, T, seconds)
     print(f"{SCRIPT}: {args.env_id}, {args.num_envs} environments, {run.folder}", flush=True)
-    exit_code = train(run, learn(model, optimizers, args, T, rng, run.seconds), snapshot, rng)
+    exit_code = train(run, learn(model, optimizers, args, T, rng, run.seconds), model, optimizers, rng)
     if exit_code == 0:
         run.finish(*evaluate(greedy_policy, args, run.folder))
     return exit_code

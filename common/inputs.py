@@ -12,7 +12,6 @@ from typing import NoReturn
 
 import gymnasium as gym
 import numpy as np
-import psutil
 import torch
 import tyro
 from gymnasium import spaces
@@ -180,6 +179,8 @@ def check_env(args, checkpoint: dict | None) -> tuple[int, spaces.Space]:
 
 def check_memory(flag: str, count: int, size: int) -> None:
     """Raise InputError if `count` things of `size` bytes, as many as `flag` asks for, do not fit into free memory."""
+    import psutil  # here: who has no replay memory needs no psutil
+
     free = psutil.virtual_memory().available
     if count * size > free:
         needed = f"{flag} {count:,} needs {count * size / 2**20:,.0f} MiB of memory, and {free / 2**20:,.0f} are free"

@@ -77,7 +77,7 @@ class Run:
         name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{script}__{args.seed}__{int(time.time())}"
         self.folder = Path(args.resume) if args.resume else _new_folder(Path(args.log_dir) / name)
         (self.folder / "evaluation.json").unlink(missing_ok=True)  # of a policy that is about to change
-        self.first_step, self.last_step, self.last_seconds = step, step, seconds
+        self.first_step, self.last_step, self.last_seconds, self.saved_step = step, step, seconds, step
         self.bar = None
         self.start()
         self.returns = deque(maxlen=50)
@@ -171,15 +171,16 @@ class Run:
         temporary = self.folder / "checkpoint.tmp"
         torch.save(about | tensors | {"random_states": random_states}, temporary)
         os.replace(temporary, self.folder / "checkpoint.pt")
+        self.saved_step = step
 
     def finish(self, evaluation: str, mean_return: float | None) -> None:
         """The last line on the terminal, and the evaluation for TensorBoard; takes what `evaluate` returns."""
-        steps, seconds = self.last_step - self.first_step, self.trained_seconds
+        steps, seconds = self.saved_step - self.first_step, self.trained_seconds
         speed = f"{steps:,} steps in {seconds:.1f} s, {steps / seconds:,.0f} steps per second"
         print(f"{self.script}: {speed}; {evaluation}; {self.folder}")
         if self.tensorboard:
             if mean_return is not None:
-                self.tensorboard.add_scalar("eval/mean_return", mean_return, self.last_step)
+                self.tensorboard.add_scalar("eval/mean_return", mean_return, self.saved_step)
             self.tensorboard.close()
 
     def close(self) -> None:

@@ -72,9 +72,12 @@ def train(run: Run, target: Callable, arguments: list[tuple], backend: str, shar
         finally:
             run.log_episodes(sorted(rows))
 
-    def log_and_save() -> None:
+    def progress() -> tuple:
+        """Sums and T, read in this order: the steps of every update that the sums know are counted in T."""
+        return shared.sums.sum(0), shared.T()
+
+    def log_and_save(sums, step: int) -> None:
         nonlocal logged
-        step, sums = shared.T(), shared.sums.sum(0)
         updates, *metrics = (sums - logged).tolist()
         if updates:
             run.log_metrics(step, dict(zip(run.families, (m / updates for m in metrics), strict=True)))
@@ -88,14 +91,15 @@ def train(run: Run, target: Callable, arguments: list[tuple], backend: str, shar
         while workers.channels:
             time.sleep(POLL_SECONDS)  # rather than wake up for every single message
             log_episodes(workers.messages(timeout=0))
-            if shared.T() > run.args.total_timesteps:
+            sums, step = progress()
+            if step > run.args.total_timesteps:
                 overtime += POLL_SECONDS
                 if overtime > OVERTIME_SECONDS:
                     raise WorkerError(f"{len(workers.channels)} workers have not ended after the last step")
-            if next_log * interval <= shared.T() <= run.args.total_timesteps:
-                log_and_save()
-                next_log = shared.T() // interval + 1
-            run.show_progress(shared.T())
+            if next_log * interval <= step <= run.args.total_timesteps:
+                log_and_save(sums, step)
+                next_log = step // interval + 1
+            run.show_progress(step)
     except BaseException as error:
         exit_code, cause = how_it_ended(error)
     with ctrl_c_ignored():  # the rest takes a moment only and must not be cut short
@@ -103,7 +107,7 @@ def train(run: Run, target: Callable, arguments: list[tuple], backend: str, shar
         log_episodes(iter(list(workers.join())))  # the list: first of all, every worker ends
         run.show_progress(shared.T())
         try:
-            log_and_save()
+            log_and_save(*progress())
         except FloatingPointError as error:  # the last good checkpoint stays
             exit_code, cause = exit_code or 1, f"{cause}\n{error}".strip()
         run.close()

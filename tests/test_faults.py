@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from conftest import ROOT
 import a3c
 import async_qlearning
 from common.inputs import command_line
+from common.run import Run
+from common.workers import train
 
 SCRIPTS = pytest.mark.parametrize("script", [a3c, async_qlearning], ids=lambda script: script.SCRIPT)
 BACKENDS = pytest.mark.parametrize("backend", ["thread", "process"])
@@ -206,6 +209,43 @@ def test_a_worker_that_does_not_close_cannot_hold_up_the_run(tmp_path, capsys, m
     assert code == 1
     assert "2 workers have not ended after the last step" in err
     assert load(folder)["step"] > 100
+
+
+def test_a_row_holds_the_updates_of_its_own_steps(tmp_path):
+    """Here a worker has made one more update of 4 steps whenever T has been read; each counts its number."""
+
+    class Shared:
+        def __init__(self):
+            self.steps, self.sums, self.stop = 0, torch.zeros(1, 2), torch.zeros((), dtype=torch.bool)
+
+        def T(self) -> int:
+            step = self.steps
+            if step <= 40:
+                self.steps += 4
+                self.sums += torch.tensor([1.0, self.steps / 4])
+            else:
+                done.set()
+            return step
+
+    def worker(channel, _, rng):
+        channel.wait_for_start()
+        done.wait()
+        channel.send((None, rng.bit_generator.state))
+
+    done, args = threading.Event(), a3c.Args(total_timesteps=40, log_interval=4, log_dir=str(tmp_path))
+    run = Run("a3c", args, {"number": "losses"}, {})
+    assert train(run, worker, [(np.random.default_rng(),)], "thread", Shared(), dict) == 0
+    steps, numbers = pd.read_csv(run.folder / "metrics.csv")[["step", "number"]].to_numpy().T
+    assert steps[-1] == load(run.folder)["step"] == 44
+    first, last = np.append(4, steps[:-1] + 4) / 4, steps / 4
+    np.testing.assert_allclose(numbers, (first + last) / 2)
+
+
+def test_steps_without_an_update_are_counted(tmp_path, capsys):
+    arguments = {"total_timesteps": 20, "train_frequency": 64, "num_workers": 1, "log_dir": str(tmp_path)}
+    args = async_qlearning.Args(env_id="probes:Endless-v0", eval_episodes=0, **arguments)
+    assert async_qlearning.main(args) == 0
+    assert "async_qlearning: 21 steps in" in capsys.readouterr().out
 
 
 def test_an_error_while_logging_ends_the_run(tmp_path, capsys, monkeypatch):
