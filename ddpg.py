@@ -56,7 +56,7 @@ class Args:
     batch_norm: bool = False
     """batch normalisation of the observations, the actor's layers and the critic's layers before the action"""
     action_layer: Literal[1, 2] = 2
-    """layer of the critic that the action enters at: 2 as in the paper, 1 beside the observation"""
+    """layer of the critic that a Box action enters at: 2 as in the paper, 1 beside the observation"""
     noise: Literal["gaussian", "ou"] = "gaussian"
     """exploration: independent normal numbers, or an Ornstein-Uhlenbeck process"""
     noise_std: float = 0.1
@@ -153,21 +153,35 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Q(s, a), where a is an action as the actor gives it."""
+    """Q(s, a), where a is an action as the actor gives it.
 
-    def __init__(self, observation_size: int, action_size: int, batch_norm: bool, action_layer: int):
+    Box actions enter at the layer `action_layer`. Discrete ones are one-hot and pick an output: Q is linear in them, as
+    every function of one-hot vectors can be written. Its slope, which the actor climbs, is then what each action is
+    worth; that of a network which takes a in, and has seen one-hot vectors only, need not lead from one to another.
+    """
+
+    def __init__(self, observation_size: int, actor: Actor, batch_norm: bool, action_layer: int):
         super().__init__()
-        normalize = [nn.BatchNorm1d(observation_size)] if batch_norm else []
-        if action_layer == 1:
-            self.before = nn.Sequential(*normalize)
-            after = [*layer(observation_size + action_size, HIDDEN, False), *layer(HIDDEN, HIDDEN, False)]
+        self.discrete, action_size = actor.discrete, actor.action_size
+        before = [nn.BatchNorm1d(observation_size)] if batch_norm else []
+        if self.discrete:
+            before += [*layer(observation_size, HIDDEN, batch_norm), *layer(HIDDEN, HIDDEN, batch_norm)]
+            after = [last_layer(action_size)]
+        elif action_layer == 1:
+            after = [
+                *layer(observation_size + action_size, HIDDEN, False),
+                *layer(HIDDEN, HIDDEN, False),
+                last_layer(1),
+            ]
         else:
-            self.before = nn.Sequential(*normalize, *layer(observation_size, HIDDEN, batch_norm))
-            after = layer(HIDDEN + action_size, HIDDEN, False)
-        self.after = nn.Sequential(*after, last_layer(1))
+            before += layer(observation_size, HIDDEN, batch_norm)
+            after = [*layer(HIDDEN + action_size, HIDDEN, False), last_layer(1)]
+        self.before, self.after = nn.Sequential(*before), nn.Sequential(*after)
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Q of n pairs, shapes (n, observation_size) and (n, action_size): shape (n,)."""
+        if self.discrete:
+            return (self.after(self.before(observations)) * actions).sum(1)
         return self.after(torch.cat([self.before(observations), actions], dim=1)).squeeze(-1)
 
 
@@ -180,7 +194,7 @@ class DDPG(nn.Module):
     def __init__(self, observation_size: int, action_space: spaces.Space, args: Args):
         super().__init__()
         self.actor = Actor(observation_size, action_space, args.batch_norm, args.gumbel_temperature)
-        self.critic = Critic(observation_size, self.actor.action_size, args.batch_norm, args.action_layer)
+        self.critic = Critic(observation_size, self.actor, args.batch_norm, args.action_layer)
         self.target_actor = copy.deepcopy(self.actor) if args.target_network else self.actor
         self.target_critic = copy.deepcopy(self.critic) if args.target_network else self.critic
         self.batch_norm = args.batch_norm

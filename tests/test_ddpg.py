@@ -155,13 +155,20 @@ def Q(critic, x, actions, action_layer, by_batch=False, track=False):
     return (x @ last.weight.T + last.bias)[:, 0]
 
 
-def naive_targets(model, batch, gamma, action_layer, discrete_action=None) -> torch.Tensor:
+def each_Q(critic, x):
+    """The critic of Discrete actions: the values of all of them."""
+    first, second, last = linears(critic)
+    x = (x @ first.weight.T + first.bias).clamp(min=0)
+    x = (x @ second.weight.T + second.bias).clamp(min=0)
+    return x @ last.weight.T + last.bias
+
+
+def naive_targets(model, batch, gamma, action_layer) -> torch.Tensor:
     """y, a transition at a time."""
     y = []
     for _, _, reward, next_observation, terminated in zip(*batch, strict=True):
         s = next_observation[None]
-        action = mu(model.target_actor, s) if discrete_action is None else discrete_action[None]
-        next_value = Q(model.target_critic, s, action, action_layer).item()
+        next_value = Q(model.target_critic, s, mu(model.target_actor, s), action_layer).item()
         y.append(reward.item() if terminated else reward.item() + gamma * next_value)
     return torch.tensor(y, dtype=torch.float64)
 
@@ -268,11 +275,24 @@ def test_targets_of_discrete_actions_are_values_of_the_sampled_one():
     model = make_model(DISCRETE)
     with torch.no_grad():
         linears(model.target_actor)[-1].bias.copy_(torch.tensor([0.0, 100.0, 0.0]))  # always the second
-    batch = random_batch()
+    observations, _, rewards, next_observations, terminated = batch = random_batch()
     batch[1] = nn.functional.one_hot(torch.arange(7) % 3, 3).double()
-    y = naive_targets(model, batch, 0.9, 2, torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64))
-    loss, _ = critic_loss(model, batch, 0.9)
-    torch.testing.assert_close(loss.detach(), ((y - Q(model.critic, *batch[:2], 2)) ** 2).mean().detach())
+    y = rewards + 0.9 * (1 - terminated) * each_Q(model.target_critic, next_observations)[:, 1]
+    values = each_Q(model.critic, observations)[range(7), [0, 1, 2, 0, 1, 2, 0]]
+    loss, q_values = critic_loss(model, batch, 0.9)
+    torch.testing.assert_close(loss, ((y - values) ** 2).mean())
+    torch.testing.assert_close(q_values, values.mean().detach())
+
+
+def test_the_slope_by_a_discrete_action_is_what_each_is_worth():
+    model, observations = make_model(DISCRETE), random_batch()[0]
+    expected = each_Q(model.critic, observations)
+    assert expected.std(1).min() > 0.01
+    for action in torch.eye(3, dtype=torch.float64):
+        actions = action.repeat(7, 1).requires_grad_()
+        values = model.critic(observations, actions)
+        torch.testing.assert_close(values, expected[:, action.argmax()])
+        torch.testing.assert_close(torch.autograd.grad(values.sum(), actions)[0], expected)
 
 
 @pytest.mark.parametrize("tau", [0.3, 1.0])
@@ -353,8 +373,9 @@ def test_target_networks_begin_as_copies():
         assert not {id(p) for p in target.parameters()} & {id(p) for p in network.parameters()}
 
 
-def test_the_last_layers_begin_small():
-    model = DDPG(3, BOX, Args())
+@pytest.mark.parametrize("space", [BOX, DISCRETE], ids=str)
+def test_the_last_layers_begin_small(space):
+    model = DDPG(3, space, Args())
     for network in (model.actor, model.critic):
         for tensor in (linears(network)[-1].weight, linears(network)[-1].bias):
             assert 0 < tensor.abs().max() <= 3e-3
@@ -371,6 +392,8 @@ def test_batch_normalisation_is_where_the_paper_has_it(action_layer):
     model = DDPG(3, BOX, Args(batch_norm=True, action_layer=action_layer))
     assert [norm.num_features for norm in norms(model.actor)] == [3, 16, 16]
     assert [norm.num_features for norm in norms(model.critic)] == [3, 16][:action_layer]
+    discrete = DDPG(3, DISCRETE, Args(batch_norm=True, action_layer=action_layer))
+    assert [norm.num_features for norm in norms(discrete.critic)] == [3, 16, 16]
     without = DDPG(3, BOX, Args(action_layer=action_layer))
     assert not norms(without)
     for net in (model, without):
@@ -466,11 +489,9 @@ def test_the_actors_gradient_reaches_discrete_policies():
     model = make_model(DISCRETE)
     observations = random_batch(500)[0]
     with torch.no_grad():
-        first, second, last = linears(model.critic)
-        for tensor in (first.weight, first.bias, second.weight, second.bias, last.weight, last.bias):
-            tensor.zero_()
-        second.weight[0, -1] = 1  # Q = 2 times the action's third number
-        last.weight[0, 0] = 2
+        last = linears(model.critic)[-1]
+        last.weight.zero_()
+        last.bias.copy_(torch.tensor([0.0, 0.0, 2.0]))  # Q = 2 times the action's third number
     before = model.actor.net(observations).softmax(1).mean(0).detach()
     loss = actor_gradient(model, observations)
     assert loss.item() == pytest.approx(-2 * before[2].item(), abs=2 * 4 * 0.5 / 500**0.5)
