@@ -60,7 +60,7 @@ HALFCHEETAH_FLAGS = (
     "--learning-starts 10000 --batch-size 64 --action-layer 1 --learning-rate 3e-4 --actor-learning-rate 3e-4"
 )
 INVERTED_FLAGS = "--actor-learning-rate 1e-4"
-CARTPOLE_FLAGS = "--actor-learning-rate 1e-4 --tau 0.02"
+CARTPOLE_FLAGS = "--actor-learning-rate 3e-4"
 
 OURS, DEFAULTS = "ddpg.py", "ddpg.py, all defaults"
 PEERS = {"SB3 DDPG": 1, "SB3 DDPG, default threads": 0}  # contestant: torch's threads, 0 for the default
