@@ -67,6 +67,8 @@ class Args:
     """how fast the Ornstein-Uhlenbeck process returns to 0"""
     gumbel_temperature: float = 1.0
     """of the differentiable samples that take the place of mu(s) where actions are Discrete"""
+    logit_penalty: float = 1e-3
+    """weight of the mean squared logit in the actor's loss where actions are Discrete: it keeps them uncertain"""
     num_threads: int = 1
     """torch's threads: a second one, if there is a core for it, helps more the larger the minibatches are"""
     log_interval: int = 1_000
@@ -126,7 +128,10 @@ class Actor(nn.Module):
 
         `greedy` takes the likeliest of Discrete actions instead of a sample.
         """
-        outputs = self.net(observations)
+        return self.choose(self.net(observations), greedy)
+
+    def choose(self, outputs: torch.Tensor, greedy: bool = False) -> torch.Tensor:
+        """mu(s) from the network's outputs, which for Discrete actions are logits."""
         if not self.discrete:
             return outputs.tanh()
         if greedy:
@@ -314,17 +319,23 @@ def critic_loss(model: DDPG, batch: list[torch.Tensor], gamma: float) -> tuple[t
     return F.mse_loss(values, y), values.detach().mean()
 
 
-def actor_gradient(model: DDPG, observations: torch.Tensor) -> torch.Tensor:
+def actor_gradient(model: DDPG, observations: torch.Tensor, logit_penalty: float = 0.0) -> torch.Tensor:
     """Add the gradient of -J to the actor's, where J is the mean of Q(s_i, mu(s_i)). Returns -J.
 
     grad J = 1/N sum grad_a Q(s, a) at s = s_i, a = mu(s_i), times grad mu(s_i) (Lillicrap et al. 2016, equation 6).
+    A policy of Discrete actions that is certain neither explores nor passes a gradient on: their logits, squared,
+    are part of the loss.
     """
     with model.by_minibatch(model.actor):
-        mu = model.actor(observations)
+        outputs = model.actor.net(observations)
+    mu = model.actor.choose(outputs)
     actions = mu.detach().requires_grad_()
     loss = -model.critic(observations, actions).mean()
     (grad_a,) = torch.autograd.grad(loss, actions)
-    mu.backward(grad_a)
+    if model.actor.discrete:
+        torch.autograd.backward([mu, logit_penalty * outputs.square().mean()], [grad_a, None])
+    else:
+        mu.backward(grad_a)
     return loss.detach()
 
 
@@ -343,7 +354,7 @@ def update(model: DDPG, optimizers: dict, batch: list[torch.Tensor], args: Args)
     optimizers["critic"].step()
     # Update the actor policy using the sampled policy gradient
     optimizers["actor"].zero_grad()
-    actor_loss = actor_gradient(model, batch[0])
+    actor_loss = actor_gradient(model, batch[0], args.logit_penalty)
     optimizers["actor"].step()
     # Update the target networks
     if args.target_network:

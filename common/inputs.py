@@ -42,6 +42,7 @@ AT_LEAST_0 = (
     "learning_starts",
     "noise_std",
     "final_noise_std",
+    "logit_penalty",
 )
 ABOVE_0 = (
     "learning_rate",

@@ -228,7 +228,7 @@ def test_the_actors_gradient_is_that_of_the_critics_value(monkeypatch, branch):
     with torch.no_grad():
         expected = minus_J()
     gradients = finite_differences(minus_J, model.actor)
-    loss = actor_gradient(model, observations)
+    loss = actor_gradient(model, observations, 0.3)  # the penalty is for Discrete actions
     torch.testing.assert_close(loss, expected)
     assert not loss.requires_grad
     check_gradient(model.actor, gradients)
@@ -499,6 +499,29 @@ def test_the_actors_gradient_reaches_discrete_policies():
         for parameter in model.actor.parameters():
             parameter -= 0.1 * parameter.grad
     assert model.actor.net(observations).softmax(1).mean(0)[2] > before[2] + 0.01
+
+
+def test_the_logits_of_discrete_policies_are_kept_small():
+    """What the penalty adds to the actor's gradient, with the same samples."""
+    batch = random_batch()
+    batch[1] = nn.functional.one_hot(torch.arange(7) % 3, 3).double()
+    model = make_model(DISCRETE)
+
+    def penalty():
+        return 0.3 * model.actor.net(batch[0]).square().sum() / (7 * 3)
+
+    expected = finite_differences(penalty, model.actor)
+    gradients = []
+    for logit_penalty in (0.0, 0.3):
+        its_model = make_model(DISCRETE)
+        metrics = update(its_model, adams(its_model), batch, Args(logit_penalty=logit_penalty))
+        gradients.append([parameter.grad for parameter in its_model.actor.parameters()])
+        gradients[-1].append(metrics["actor_loss"])
+    *added, added_to_J = [after - before for before, after in zip(*gradients, strict=True)]
+    assert added_to_J == 0
+    for parameter, gradient in zip(model.actor.parameters(), added, strict=True):
+        parameter.grad = gradient
+    check_gradient(model.actor, expected)
 
 
 # Oracles: actions
@@ -1393,6 +1416,7 @@ def test_resume_needs_the_replay_memory_as_it_was(tmp_path, monkeypatch, capsys)
         (("--learning-rate", 0), "--learning-rate must be above 0"),
         (("--actor-learning-rate", 0), "--actor-learning-rate must be above 0"),
         (("--gumbel-temperature", 0), "--gumbel-temperature must be above 0"),
+        (("--logit-penalty", -1), "--logit-penalty must be at least 0"),
         (("--total-timesteps", 0), "--total-timesteps must be at least 1"),
         (("--resume", "nowhere"), "there is no checkpoint.pt in nowhere"),
     ],
