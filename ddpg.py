@@ -57,6 +57,8 @@ class Args:
     """batch normalisation of the observations, the actor's layers and the critic's layers before the action"""
     action_layer: Literal[1, 2] = 2
     """layer of the critic that a Box action enters at: 2 as in the paper, 1 beside the observation"""
+    small_last_layer: bool = True
+    """begin with weights of at most 0.003 in the networks' last layers, as in the paper; without: as torch does"""
     noise: Literal["gaussian", "ou"] = "gaussian"
     """exploration: independent normal numbers, or an Ornstein-Uhlenbeck process"""
     noise_std: float = 0.1
@@ -93,11 +95,12 @@ def layer(inputs: int, outputs: int, batch_norm: bool) -> list[nn.Module]:
     return [nn.Linear(inputs, outputs), *([nn.BatchNorm1d(outputs)] if batch_norm else []), nn.ReLU(inplace=True)]
 
 
-def last_layer(outputs: int) -> nn.Linear:
-    """Its weights are small, so that the first actions and values are near 0 (Lillicrap et al. 2016, section 7)."""
+def last_layer(outputs: int, small: bool) -> nn.Linear:
+    """With small weights the first actions and values are near 0 (Lillicrap et al. 2016, section 7)."""
     linear = nn.Linear(HIDDEN, outputs)
-    nn.init.uniform_(linear.weight, -3e-3, 3e-3)
-    nn.init.uniform_(linear.bias, -3e-3, 3e-3)
+    if small:
+        nn.init.uniform_(linear.weight, -3e-3, 3e-3)
+        nn.init.uniform_(linear.bias, -3e-3, 3e-3)
     return linear
 
 
@@ -108,16 +111,16 @@ class Actor(nn.Module):
     is a one-hot sample of the outputs' softmax that passes a gradient on (Gumbel-Softmax, straight-through).
     """
 
-    def __init__(self, observation_size: int, action_space: spaces.Space, batch_norm: bool, temperature: float = 1.0):
+    def __init__(self, observation_size: int, action_space: spaces.Space, args: Args):
         super().__init__()
         self.space, self.discrete = action_space, isinstance(action_space, spaces.Discrete)
         self.action_size = int(action_space.n) if self.discrete else math.prod(action_space.shape)
-        self.temperature = temperature
+        self.temperature = args.gumbel_temperature
         self.net = nn.Sequential(
-            *([nn.BatchNorm1d(observation_size)] if batch_norm else []),
-            *layer(observation_size, HIDDEN, batch_norm),
-            *layer(HIDDEN, HIDDEN, batch_norm),
-            last_layer(self.action_size),
+            *([nn.BatchNorm1d(observation_size)] if args.batch_norm else []),
+            *layer(observation_size, HIDDEN, args.batch_norm),
+            *layer(HIDDEN, HIDDEN, args.batch_norm),
+            last_layer(self.action_size, args.small_last_layer),
         )
         if not self.discrete:
             low, high = action_space.low.astype(np.float64), action_space.high.astype(np.float64)
@@ -165,22 +168,18 @@ class Critic(nn.Module):
     worth; that of a network which takes a in, and has seen one-hot vectors only, need not lead from one to another.
     """
 
-    def __init__(self, observation_size: int, actor: Actor, batch_norm: bool, action_layer: int):
+    def __init__(self, observation_size: int, actor: Actor, args: Args):
         super().__init__()
-        self.discrete, action_size = actor.discrete, actor.action_size
-        before = [nn.BatchNorm1d(observation_size)] if batch_norm else []
+        self.discrete, action_size, batch_norm = actor.discrete, actor.action_size, args.batch_norm
+        before, after = [nn.BatchNorm1d(observation_size)] if batch_norm else [], []
         if self.discrete:
             before += [*layer(observation_size, HIDDEN, batch_norm), *layer(HIDDEN, HIDDEN, batch_norm)]
-            after = [last_layer(action_size)]
-        elif action_layer == 1:
-            after = [
-                *layer(observation_size + action_size, HIDDEN, False),
-                *layer(HIDDEN, HIDDEN, False),
-                last_layer(1),
-            ]
+        elif args.action_layer == 1:
+            after += [*layer(observation_size + action_size, HIDDEN, False), *layer(HIDDEN, HIDDEN, False)]
         else:
             before += layer(observation_size, HIDDEN, batch_norm)
-            after = [*layer(HIDDEN + action_size, HIDDEN, False), last_layer(1)]
+            after += layer(HIDDEN + action_size, HIDDEN, False)
+        after.append(last_layer(action_size if self.discrete else 1, args.small_last_layer))
         self.before, self.after = nn.Sequential(*before), nn.Sequential(*after)
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -198,8 +197,8 @@ class DDPG(nn.Module):
 
     def __init__(self, observation_size: int, action_space: spaces.Space, args: Args):
         super().__init__()
-        self.actor = Actor(observation_size, action_space, args.batch_norm, args.gumbel_temperature)
-        self.critic = Critic(observation_size, self.actor, args.batch_norm, args.action_layer)
+        self.actor = Actor(observation_size, action_space, args)
+        self.critic = Critic(observation_size, self.actor, args)
         self.target_actor = copy.deepcopy(self.actor) if args.target_network else self.actor
         self.target_critic = copy.deepcopy(self.critic) if args.target_network else self.critic
         self.batch_norm = args.batch_norm

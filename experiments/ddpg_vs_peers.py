@@ -13,8 +13,8 @@ On two idle cores these take about 6, 5, 20, 5 and 5 minutes; without `--only` a
 "pendulum", "halfcheetah": mean return of the greedy policy over 20 episodes after 10,000 steps of Pendulum-v1, 5 seeds,
 and after 100,000 of HalfCheetah-v5, 3 seeds; both contestants are evaluated by the same function and from the same
 initial states. SB3 takes its settings out of the flags that ddpg.py is called with, and its networks have the same
-layers as those of ddpg.py with `--action-layer 1`, its critic being one that the action enters at the first layer. On
-Pendulum-v1 ddpg.py runs with all of its defaults, too, where the action enters at the second.
+layers and first weights as those of ddpg.py with `--action-layer 1 --no-small-last-layer`: the action enters its critic
+at the first layer. On Pendulum-v1 ddpg.py runs with all of its defaults, too, where the action enters at the second.
 
 "speed": environment steps per second on HalfCheetah-v5 while there is an update at each of them, with minibatches of
 256 and of 64, 3 repeats, in which the contestants take turns. The 1,000 random steps at the beginning do not count;
@@ -55,10 +55,9 @@ from common.evaluation import evaluate
 from common.inputs import make_env
 
 # flags of ddpg.py; what is not said is its default
-PENDULUM_FLAGS = "--action-layer 1"
-HALFCHEETAH_FLAGS = (
-    "--learning-starts 10000 --batch-size 64 --action-layer 1 --learning-rate 3e-4 --actor-learning-rate 3e-4"
-)
+SB3_NETWORKS = "--action-layer 1 --no-small-last-layer"
+PENDULUM_FLAGS = SB3_NETWORKS
+HALFCHEETAH_FLAGS = f"{SB3_NETWORKS} --learning-starts 10000 --learning-rate 3e-4 --actor-learning-rate 3e-4"
 INVERTED_FLAGS = "--actor-learning-rate 1e-4"
 CARTPOLE_FLAGS = "--actor-learning-rate 3e-4"
 
@@ -116,6 +115,7 @@ def peer_settings(settings: ddpg.Args) -> dict:
     """The same settings by the names that SB3 has for them. AssertionError: it has none."""
     assert settings.learning_rate == settings.actor_learning_rate, "SB3 has one learning rate for both networks"
     assert settings.action_layer == 1, "the action enters SB3's critic at the first layer"
+    assert not settings.small_last_layer, "SB3's networks begin as torch makes them"
     assert settings.target_network, "SB3's DDPG has target networks"
     assert not settings.batch_norm, "SB3's DDPG has no batch normalisation"
     assert settings.noise == "gaussian", "SB3 is to have Gaussian noise"

@@ -381,6 +381,8 @@ def test_the_last_layers_begin_small(space):
             assert 0 < tensor.abs().max() <= 3e-3
         assert linears(network)[-1].weight.abs().max() > 2e-3
         assert all(linear.weight.abs().max() > 0.01 for linear in linears(network)[:-1])
+    model = DDPG(3, space, Args(small_last_layer=False))
+    assert all(linears(network)[-1].weight.abs().max() > 0.1 for network in (model.actor, model.critic))
 
 
 # Oracles: batch normalisation
@@ -535,7 +537,7 @@ def test_actions_lie_within_bounds_and_reach_them():
         assert BOX.contains(executed)
     np.testing.assert_array_equal(actor.to_env(np.array([1, -1])), [10, -5])
     matrix = spaces.Box(np.array([[0, 1], [2, 3]]), np.array([[10, 11], [12, 13]]), dtype=np.float64)
-    actor = Actor(3, matrix, False)
+    actor = Actor(3, matrix, Args())
     assert actor.action_size == 4
     np.testing.assert_allclose(actor.to_env(np.array([-1, 1, 0, 0.2])), [[0, 11], [7, 9]])
     assert matrix.contains(actor.to_env(actor.act(np.zeros(3, np.float32))))
@@ -551,7 +553,7 @@ def test_actions_lie_within_bounds_and_reach_them():
 def test_every_action_between_minus_1_and_1_is_in_the_space(dtype, low, width, action):
     low, width = (low, width) if dtype == np.float32 else (low / 7, width / 3)  # not short binary fractions
     space = spaces.Box(np.array([low], dtype), np.array([low + width], dtype), dtype=dtype)
-    executed = Actor(1, space, False).to_env(np.array([action]))
+    executed = Actor(1, space, Args()).to_env(np.array([action]))
     assert space.contains(executed)
     low, high = float(space.low[0]), float(space.high[0])
     expected = low + (action + 1) / 2 * (high - low)
