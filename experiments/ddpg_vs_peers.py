@@ -59,7 +59,7 @@ SB3_NETWORKS = "--action-layer 1 --no-small-last-layer"
 PENDULUM_FLAGS = SB3_NETWORKS
 HALFCHEETAH_FLAGS = f"{SB3_NETWORKS} --learning-starts 10000 --learning-rate 3e-4 --actor-learning-rate 3e-4"
 INVERTED_FLAGS = "--actor-learning-rate 1e-4"
-CARTPOLE_FLAGS = "--actor-learning-rate 3e-4"
+CARTPOLE_FLAGS = "--actor-learning-rate 3e-4 --tau 0.01 --batch-size 128"
 
 OURS, DEFAULTS = "ddpg.py", "ddpg.py, all defaults"
 PEERS = {"SB3 DDPG": 1, "SB3 DDPG, default threads": 0}  # contestant: torch's threads, 0 for the default
