@@ -7,7 +7,7 @@
     python experiments/ddpg_vs_peers.py --only inverted --parallel 2 --output ddpg_vs_peers_inverted.json
     python experiments/ddpg_vs_peers.py --only cartpole --parallel 2 --output ddpg_vs_peers_cartpole.json
 
-On two idle cores these take about 6, 5, 20, 5 and 5 minutes; without `--only` all parts run, one after the other.
+On two idle cores these take about 5, 3, 16, 3 and 5 minutes; without `--only` all parts run, one after the other.
 `--repeats 1 --steps 600 --speed-steps 300` is a trial of two minutes.
 
 "pendulum", "halfcheetah": mean return of the greedy policy over 20 episodes after 10,000 steps of Pendulum-v1, 5 seeds,

@@ -5,7 +5,7 @@
 
 About 10 minutes on two idle cores; `--repeats 1 --ddpg-steps 5000 --a3c-steps 50000` is a trial of one. ddpg.py, which
 is off-policy and learns from each transition many times, has its defaults and 10,000 steps. a3c.py, which is on-policy
-and throws each away after one update, has the settings that the main README gives for Pendulum-v1, with 2 workers, and
+and throws each away after one update, has the settings that the main README gives for Pendulum-v1, with 8 workers, and
 1,500,000 steps.
 
 The measure is the mean return of the last 20 training episodes, exploration included: the steps of all workers and the
@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = "Pendulum-v1"
 FLAGS = {
     "ddpg.py": "",
-    "a3c.py": "--num-workers 2 --t-max 16 --learning-rate 1e-3 --gamma 0.9 --ent-coef 0.1",
+    "a3c.py": "--num-workers 8 --t-max 16 --learning-rate 1e-3 --gamma 0.9 --ent-coef 0.1",
 }
 TARGETS = (-300, -200)  # mean returns
 WINDOW = 20  # training episodes that they are means of
