@@ -3,7 +3,7 @@
     pip install -r experiments/requirements.txt
     python experiments/sample_efficiency.py --output-dir sample_efficiency
 
-About 10 minutes on two idle cores; `--repeats 1 --ddpg-steps 5000 --a3c-steps 50000` is a trial of one. ddpg.py, which
+About 5 minutes on two idle cores; `--repeats 1 --ddpg-steps 5000 --a3c-steps 50000` is a trial of one. ddpg.py, which
 is off-policy and learns from each transition many times, has its defaults and 10,000 steps. a3c.py, which is on-policy
 and throws each away after one update, has the settings that the main README gives for Pendulum-v1, with 8 workers, and
 1,500,000 steps.
