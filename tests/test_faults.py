@@ -211,8 +211,12 @@ def test_a_worker_that_does_not_close_cannot_hold_up_the_run(tmp_path, capsys, m
     assert load(folder)["step"] > 100
 
 
-def test_a_row_holds_the_updates_of_its_own_steps(tmp_path):
-    """Here a worker has made one more update of 4 steps whenever T has been read; each counts its number."""
+@pytest.mark.parametrize("log_interval", [4, 44])
+def test_a_row_holds_the_updates_of_its_own_steps(tmp_path, log_interval):
+    """Here a worker has made one more update of 4 steps whenever T has been read; the metric is the update's number.
+
+    The last update comes when its steps have been counted already, beyond the last step: it has no row before that.
+    """
 
     class Shared:
         def __init__(self):
@@ -222,8 +226,9 @@ def test_a_row_holds_the_updates_of_its_own_steps(tmp_path):
             step = self.steps
             if step <= 40:
                 self.steps += 4
+            if step != 40 and not done.is_set():
                 self.sums += torch.tensor([1.0, self.steps / 4])
-            else:
+            if step > 40:
                 done.set()
             return step
 
@@ -232,7 +237,7 @@ def test_a_row_holds_the_updates_of_its_own_steps(tmp_path):
         done.wait()
         channel.send((None, rng.bit_generator.state))
 
-    done, args = threading.Event(), a3c.Args(total_timesteps=40, log_interval=4, log_dir=str(tmp_path))
+    done, args = threading.Event(), a3c.Args(total_timesteps=40, log_interval=log_interval, log_dir=str(tmp_path))
     run = Run("a3c", args, {"number": "losses"}, {})
     assert train(run, worker, [(np.random.default_rng(),)], "thread", Shared(), dict) == 0
     steps, numbers = pd.read_csv(run.folder / "metrics.csv")[["step", "number"]].to_numpy().T
