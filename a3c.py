@@ -5,25 +5,32 @@ waiting for each other. To begin with: python a3c.py --num-workers 8
 """
 
 import math
+import multiprocessing
+import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
 from gymnasium import spaces
+from gymnasium.wrappers import FlattenObservation, RecordEpisodeStatistics, TransformAction
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from common.evaluation import evaluate
-from common.inputs import InputError, check_args, check_env, command_line, make_env, read_checkpoint
-from common.run import Run
-from common.seeding import seed_everything
-from common.workers import choose_backend, train
+from common.arguments import fail, failing, load_checkpoint, parse_args
+from common.evaluation import check_film, evaluate
+from common.ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_args
+from common.run import Run, follow_parent, has_gil, seed_everything, signals_blocked
 
 SCRIPT = Path(__file__).stem
+START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"  # of processes; eight are up in 2 s, or in 17 s
+PATIENCE_SECONDS = 60.0  # how long a worker may be without progress once the run is ending
 MIN_VARIANCE = 0.01  # added to a Gaussian policy's variance: the smaller that is, the larger the gradients
 
 
@@ -31,37 +38,37 @@ MIN_VARIANCE = 0.01  # added to a Gaussian policy's variance: the smaller that i
 class Args:
     env_id: str = "CartPole-v1"
     """environment: any id that gymnasium.make takes, `module:Env-v0` included"""
-    seed: int = 1
+    seed: NonNegativeInt = 1
     """seed of everything random; with one worker, the same seed gives the same run"""
-    total_timesteps: int = 200_000
+    total_timesteps: PositiveInt = 200_000
     """T_max: environment steps of all workers together"""
-    num_workers: int = 8
+    num_workers: PositiveInt = 8
     """workers, each with an environment of its own"""
     backend: Literal["auto", "thread", "process"] = "auto"
     """what a worker is; auto: threads for one worker or where Python has no GIL, processes otherwise"""
-    t_max: int = 32
+    t_max: PositiveInt = 32
     """steps of a worker between two updates, fewer at the end of an episode"""
-    learning_rate: float = 3e-3
-    """eta at the beginning"""
+    learning_rate: PositiveFloat = 3e-3
+    """eta, the learning rate at the beginning"""
     anneal_lr: bool = True
     """lower the learning rate linearly to zero over the total timesteps"""
-    gamma: float = 0.99
+    gamma: Fraction = 0.99
     """discount factor"""
-    ent_coef: float = 0.001
+    ent_coef: NonNegativeFloat = 0.001
     """beta: weight of the entropy bonus"""
-    vf_coef: float = 0.5
+    vf_coef: NonNegativeFloat = 0.5
     """weight of the squared value error"""
-    max_grad_norm: float = 1000.0
-    """longer gradients are shortened to this; mind that they are sums over a segment, not means"""
-    rmsprop_alpha: float = 0.99
+    max_grad_norm: PositiveFloat = 1000.0
+    """clip the gradient norm to this; gradients are sums over a segment, not means"""
+    rmsprop_alpha: Fraction = 0.99
     """decay of RMSProp's mean of squared gradients"""
-    rmsprop_eps: float = 0.1
-    """RMSProp's epsilon, inside of the root"""
-    log_interval: int = 5_000
-    """steps between two rows of metrics.csv; the checkpoint is renewed as often"""
+    rmsprop_eps: PositiveFloat = 0.1
+    """RMSProp's epsilon, inside the root"""
+    log_interval: PositiveInt = 5_000
+    """steps between two rows of metrics.csv, and between two checkpoints"""
     log_dir: str = "runs"
     """where run folders go"""
-    eval_episodes: int = 20
+    eval_episodes: NonNegativeInt = 20
     """greedy episodes after training, on a fresh environment; 0: none"""
     capture_video: bool = False
     """film the greedy policy of the evaluation into the run's videos/"""
@@ -69,6 +76,38 @@ class Args:
     """a run's folder: do not train, evaluate its checkpoint"""
     resume: str | None = None
     """a run's folder: go on from its checkpoint, with its arguments, to --total-timesteps (annealing follows that)"""
+
+
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+    """The environment, with flat observations and with actions as the network gives them.
+
+    A Box of actions becomes flat, too; -1 and 1 stand for its bounds, and what lies outside of these is clipped.
+    Discrete actions count from 0.
+
+    Raises:
+        ValueError: the script cannot play it.
+    """
+    env = gym.make(env_id, disable_env_checker=True, **({"render_mode": render_mode} if render_mode else {}))
+    env = RecordEpisodeStatistics(env)
+    space = env.observation_space
+    if not isinstance(space, spaces.Box) or len(space.shape) != 1:
+        if not space.is_np_flattenable or space.dtype == np.uint8:
+            raise ValueError(f"its observations do not flatten to a vector: {space}")
+        env = FlattenObservation(env)
+    space = env.action_space
+    if isinstance(space, spaces.Discrete):
+        return env if space.start == 0 else TransformAction(env, lambda a: space.start + a, spaces.Discrete(space.n))
+    if not isinstance(space, spaces.Box) or space.dtype.kind != "f":
+        raise ValueError(f"A3C here needs Discrete actions or a Box of real numbers, not {space}")
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    scale = np.where((low > -1e9) & (high < 1e9), (high - low) / 2, 1)  # beyond that, no bound is meant
+    center = np.where((low > -1e9) & (high < 1e9), low + scale, np.clip(0, low, high))
+
+    def to_bounds(action: np.ndarray) -> np.ndarray:
+        action = center + scale * action.reshape(space.shape)
+        return np.minimum(np.maximum(action, low), high).astype(space.dtype)
+
+    return TransformAction(env, to_bounds, spaces.Box(-np.inf, np.inf, (center.size,)))
 
 
 def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
@@ -84,34 +123,26 @@ class ActorCritic(nn.Module):
     """The policy pi(a|s; theta) and the value function V(s; theta_v).
 
     A Discrete policy is a softmax. A Box policy is a Gaussian whose mean and variance (a softplus, plus MIN_VARIANCE)
-    are outputs of the network, in units in which the bounds lie at -1 and 1; its draws are clipped to the bounds.
+    are outputs of the network.
 
-    The attribute `theta` is one vector with the lecture's theta and theta_v, of which every parameter is a view: to
-    write to it is to change the networks.
+    The attribute `theta` is one vector with the lecture's theta and theta_v, of which every parameter is a view: who
+    writes to it changes the networks. Processes can share it.
     """
 
     def __init__(self, observation_size: int, action_space: spaces.Space):
         super().__init__()
-        self.space, self.discrete = action_space, isinstance(action_space, spaces.Discrete)
-        self.action_dtype = np.int64 if self.discrete else np.float32
-        outputs = int(action_space.n) if self.discrete else 2 * math.prod(action_space.shape)
+        self.discrete = isinstance(action_space, spaces.Discrete)
+        outputs = int(action_space.n) if self.discrete else 2 * action_space.shape[0]
         self.actor, self.critic = mlp(observation_size, outputs, gain=0.01), mlp(observation_size, 1, gain=1.0)
-        self.theta = parameters_to_vector(self.parameters()).detach()
+        self.theta = parameters_to_vector(self.parameters()).detach().share_memory_()
         vector_to_parameters(self.theta, self.parameters())
         # The actor again, as numpy views of the same memory: for a single observation it takes a sixth of torch's time.
-        linear = [layer for layer in self.actor if isinstance(layer, nn.Linear)]
-        self.layers = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in linear]
-        if not self.discrete:
-            low, high = action_space.low.astype(np.float64), action_space.high.astype(np.float64)
-            has_low, has_high = np.abs(low) < 1e9, np.abs(high) < 1e9  # beyond that, no bound is meant
-            low = np.where(has_low, low, np.where(has_high, high - 2, -1))
-            high = np.where(has_high, high, low + 2)
-            self.center, self.scale = (low + high) / 2, (high - low) / 2
+        self.layers = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in self.actor[::2]]
 
     def act(self, observation: np.ndarray, rng: np.random.Generator | None = None):
         """Draw a ~ pi(a|s; theta) for one observation, shape (observation_size,); without `rng` take the likeliest.
 
-        Returns the action as `log_prob_and_entropy` takes it: an index, or the Gaussian's draw, shape (action_size,).
+        Returns an index, or the Gaussian's draw, shape (action_size,).
         """
         x = observation
         for weight, bias in self.layers[:-1]:
@@ -124,13 +155,6 @@ class ActorCritic(nn.Module):
         if rng is None:
             return mean
         return mean + np.sqrt(np.logaddexp(0, raw_variance) + MIN_VARIANCE) * rng.standard_normal(len(mean))
-
-    def to_env(self, action):
-        """The environment's action for one that `act` returned."""
-        if self.discrete:
-            return int(self.space.start) + action
-        action = (self.center + self.scale * action.reshape(self.space.shape)).astype(self.space.dtype)
-        return np.minimum(np.maximum(action, self.space.low), self.space.high)
 
     def log_prob_and_entropy(self, observations: torch.Tensor, actions: torch.Tensor):
         """log pi(a|s; theta) and the entropy H[pi(.|s; theta)], two tensors of shape (n,).
@@ -180,172 +204,229 @@ def a3c_loss(model: ActorCritic, observations, actions, rewards: list[float], te
         args: gamma, ent_coef, vf_coef.
 
     Returns:
-        The loss, a scalar tensor, and the means over the steps of policy loss, value loss, entropy and value.
+        The loss, a scalar tensor, and the means over the steps of policy loss, value loss, entropy and value, by name.
     """
     n = len(rewards)
     values = model.critic(observations).squeeze(-1)
     # R = 0 for terminal s_t, V(s_t; theta'_v) for non-terminal s_t
     returns = n_step_returns(rewards, 0.0 if terminated else values[-1].item(), args.gamma)
     log_prob, entropy = model.log_prob_and_entropy(observations[:-1], actions)
-    assert values.shape == (n + 1,), values.shape
-    assert returns.shape == log_prob.shape == entropy.shape == (n,), (returns.shape, log_prob.shape, entropy.shape)
     advantages = returns - values[:-1]
+    assert advantages.shape == log_prob.shape == entropy.shape == (n,), (advantages.shape, log_prob.shape)
     # d theta <- d theta + grad log pi(a_i|s_i; theta') (R - V(s_i; theta'_v)); minus: a loss; R - V is a constant here
     policy_loss = -(log_prob * advantages.detach()).sum()
     # d theta_v <- d theta_v + d (R - V(s_i; theta'_v))^2 / d theta'_v
     value_loss = advantages.square().sum()
     # L_actor = -(R - V(s)) log pi(a|s) - beta H[pi(a|s)], and the critic's loss
     loss = policy_loss - args.ent_coef * entropy.sum() + args.vf_coef * value_loss
-    return loss, (torch.stack([policy_loss, value_loss, entropy.sum(), values[:-1].sum()]) / n).tolist()
+    means = (torch.stack([policy_loss, value_loss, entropy.sum(), values[:-1].sum()]) / n).tolist()
+    return loss, dict(zip(("policy_loss", "value_loss", "entropy", "value"), means, strict=True))
 
 
-class SharedRMSProp:
-    """RMSProp whose statistics g all workers share, as they share theta (Mnih et al. 2016, section 4):
+def rmsprop_step(theta: torch.Tensor, g: torch.Tensor, d_theta: torch.Tensor, learning_rate: float, args: Args) -> None:
+    """One step of RMSProp on theta and g, in place; all shapes are those of theta (Mnih et al. 2016, section 4):
 
         g <- alpha g + (1 - alpha) d^2          theta <- theta - eta d / sqrt(g + epsilon)
 
-    No lock is taken: of two workers that update at the same time, one may overwrite parts of the other's step.
+    All workers share g, as they share theta. No lock is taken: of two workers that update at the same time, one may
+    overwrite parts of the other's step.
     """
-
-    def __init__(self, theta: torch.Tensor, alpha: float, eps: float):
-        self.theta, self.alpha, self.eps = theta.share_memory_(), alpha, eps
-        self.g = torch.zeros_like(theta).share_memory_()
-
-    def step(self, d_theta: torch.Tensor, learning_rate: float) -> None:
-        """Update theta in place by the gradient `d_theta`, of the same shape."""
-        self.g.mul_(self.alpha).addcmul_(d_theta, d_theta, value=1 - self.alpha)
-        self.theta.addcdiv_(d_theta, (self.g + self.eps).sqrt_(), value=-learning_rate)
+    g.mul_(args.rmsprop_alpha).addcmul_(d_theta, d_theta, value=1 - args.rmsprop_alpha)
+    theta.addcdiv_(d_theta, (g + args.rmsprop_eps).sqrt_(), value=-learning_rate)
 
 
-METRICS = {  # columns of metrics.csv, with their families in TensorBoard
-    "policy_loss": "losses",
-    "value_loss": "losses",
-    "entropy": "losses",
-    "value": "losses",
-    "grad_norm": "losses",
-    "learning_rate": "charts",
-}
+# Columns of metrics.csv, with their families in TensorBoard
+METRICS = dict.fromkeys(("policy_loss", "value_loss", "entropy", "value", "grad_norm"), "losses")
+METRICS |= {"learning_rate": "charts"}
 
 
 class Shared:
-    """What all workers share. Each writes its own row of `steps` and `sums` alone: no count is lost, without a lock."""
+    """All that workers share, and their only way to it: memory that threads and processes see alike, without locks.
 
-    def __init__(self, theta: torch.Tensor, args: Args):
-        self.optimizer = SharedRMSProp(theta, args.rmsprop_alpha, args.rmsprop_eps)
-        self.steps = torch.zeros(args.num_workers, dtype=torch.int64).share_memory_()  # t of each
-        self.sums = torch.zeros(args.num_workers, 1 + len(METRICS), dtype=torch.float64).share_memory_()
-        self.stop = torch.zeros((), dtype=torch.bool).share_memory_()
+    Each worker writes where no other does, so no count is lost. On processors that reorder writes, a row of metrics may
+    include an update a moment before T includes its steps.
 
+    Args:
+        theta: the global parameters, in shared memory.
+        args: num_workers and RMSProp's arguments.
+        new_queue: makes the queues for episodes, one for each worker: who is killed while writing blocks nobody else.
+    """
+
+    def __init__(self, theta: torch.Tensor, args: Args, new_queue: Callable):
+        self.theta, self.g, self.args = theta, torch.zeros_like(theta).share_memory_(), args
+        self.steps = multiprocessing.RawArray("q", args.num_workers)  # t of each worker
+        # The sums of each metric and, last, the number of updates, of each worker
+        self.sums = [multiprocessing.RawArray("d", len(METRICS) + 1) for _ in range(args.num_workers)]
+        self.done = multiprocessing.RawArray("b", args.num_workers)
+        self.known_sums = np.zeros(1 + len(METRICS))
+        self.stop = multiprocessing.RawValue("b")
+        self.episodes = [new_queue() for _ in range(args.num_workers)]
+
+    @property
     def T(self) -> int:
         """The global step counter: the sum of the workers' own."""
-        return int(self.steps.sum())
+        return sum(self.steps[:])
+
+    def count_step(self, worker: int) -> None:
+        """t <- t + 1, and with it T <- T + 1."""
+        self.steps[worker] += 1
+
+    def update(self, d_theta: torch.Tensor, learning_rate: float) -> None:
+        """Asynchronous update of theta using d theta."""
+        rmsprop_step(self.theta, self.g, d_theta, learning_rate, self.args)
+
+    def log(self, worker: int, metrics: dict[str, float]) -> None:
+        """Add the metrics of one update."""
+        for column, value in enumerate((*(metrics[name] for name in METRICS), 1)):
+            self.sums[worker][column] += value
+
+    def report(self, worker: int, episode: dict) -> None:
+        """An episode has ended; `episode` is what `RecordEpisodeStatistics` tells of it."""
+        self.episodes[worker].put((self.T, worker, {"r": float(episode["r"]), "l": episode["l"]}, time.monotonic()))
+
+    def reported(self) -> Iterator[tuple]:
+        """The episodes reported since the last call, as arguments of `Run.log_episode`."""
+        for episodes in self.episodes:
+            while not episodes.empty():
+                yield episodes.get()
+
+    def means(self) -> dict[str, float]:
+        """The metrics, means over all updates since the last call; none without an update."""
+        sums = np.sum(self.sums, axis=0)
+        *totals, updates = sums - self.known_sums
+        self.known_sums = sums
+        return {name: total / updates for name, total in zip(METRICS, totals, strict=True) if updates}
 
 
-def worker(channel, index: int, args: Args, shared: Shared, rng: np.random.Generator) -> None:
-    """One worker of algorithm S3, a thread or a process. It reports every episode through `channel`.
+def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> None:
+    """One worker of algorithm S3, a thread or a process.
 
     Raises:
         FloatingPointError: a gradient is not finite; theta is left as it was.
     """
+    follow_parent()
     torch.set_num_threads(1)
     env = make_env(args.env_id)
-    model, optimizer = ActorCritic(env.observation_space.shape[0], env.action_space), shared.optimizer
+    model = ActorCritic(env.observation_space.shape[0], env.action_space)
     parameters = list(model.parameters())
-    t, sums = shared.steps[index : index + 1].numpy(), shared.sums[index].numpy()
     observations = np.empty((args.t_max + 1, *env.observation_space.shape), np.float32)
     observations[0], _ = env.reset(seed=int(rng.integers(2**31)))
-    episode_return, episode_length = 0.0, 0
-    start_time = channel.wait_for_start()
 
-    while (T := shared.T()) <= args.total_timesteps and not shared.stop:  # until T > T_max
+    while (T := shared.T) <= args.total_timesteps and not shared.stop.value:  # until T > T_max
         # d theta <- 0 and d theta_v <- 0: nothing to do, the gradients of a segment are taken at once below
-        model.theta.copy_(optimizer.theta)  # theta' = theta and theta'_v = theta_v
-        actions, rewards, terminated, truncated = [], [], False, False
-        n = 0  # t - t_start; s_t is observations[n]
-        while not (terminated or truncated) and n < args.t_max:  # until terminal s_t (or time limit) or n == t_max
+        model.theta.copy_(shared.theta)  # theta' = theta and theta'_v = theta_v
+        actions, rewards, n = [], [], 0  # n is t - t_start; s_t is observations[n]
+        while True:  # repeat
             action = model.act(observations[n], rng)  # perform a_t according to pi(a_t|s_t; theta')
             # receive reward r_t and new state s_{t+1}
-            observations[n + 1], reward, terminated, truncated, _ = env.step(model.to_env(action))
+            observations[n + 1], reward, terminated, truncated, info = env.step(action)
             actions.append(action)
             rewards.append(float(reward))
             n += 1
-            t += 1  # t <- t + 1, and with it T <- T + 1
+            shared.count_step(index)  # t <- t + 1 and T <- T + 1
+            if terminated or truncated or n == args.t_max or shared.stop.value:
+                break  # until terminal s_t (or time limit) or t - t_start == t_max
 
         # R, and for i in {t - 1, ..., t_start} the gradients
-        tensors = torch.from_numpy(observations[: n + 1]), torch.from_numpy(np.array(actions, model.action_dtype))
-        loss, means = a3c_loss(model, *tensors, rewards, terminated, args)
+        batch = torch.from_numpy(observations[: n + 1]), torch.from_numpy(np.array(actions))
+        loss, metrics = a3c_loss(model, *batch, rewards, terminated, args)
         d_theta = parameters_to_vector(torch.autograd.grad(loss, parameters))
         norm = d_theta.norm().item()
         if not math.isfinite(norm):
-            healthy = np.isfinite(observations[: n + 1]).all() and np.isfinite(rewards).all()
-            hint = "a lower --learning-rate may help" if healthy else "so is what the environment returned"
-            raise FloatingPointError(f"the gradient is {norm} at step {T + n:,}; {hint}")
-        if norm > args.max_grad_norm:
-            d_theta *= args.max_grad_norm / norm
+            raise FloatingPointError(
+                f"the gradient is {norm} at step {T + n:,}: check --learning-rate and the environment"
+            )
+        d_theta *= args.max_grad_norm / max(norm, args.max_grad_norm)
         learning_rate = args.learning_rate * (1 - T / args.total_timesteps if args.anneal_lr else 1.0)
-        optimizer.step(d_theta, learning_rate)  # asynchronous update of theta using d theta, theta_v using d theta_v
-        sums += (1, *means, norm, learning_rate)
-
-        episode_return, episode_length = episode_return + sum(rewards), episode_length + n
+        shared.update(d_theta, learning_rate)  # asynchronous update of theta using d theta, of theta_v using d theta_v
+        shared.log(index, metrics | {"grad_norm": norm, "learning_rate": learning_rate})
         observations[0] = observations[n]
         if terminated or truncated:
-            row = (shared.T(), time.monotonic() - start_time, episode_return, episode_length)
-            channel.send((row, rng.bit_generator.state))
+            shared.report(index, info["episode"])
             observations[0], _ = env.reset()
-            episode_return, episode_length = 0.0, 0
-    channel.send((None, rng.bit_generator.state))
+    shared.done[index] = True
     env.close()
 
 
 def main(args: Args) -> int:
     """Train, go on training or only evaluate, as `args` says. Returns the exit code."""
     check_args(args)
-    checkpoint = read_checkpoint(args, SCRIPT)
-    observation_size, space = check_env(args, checkpoint)
-    if not (isinstance(space, spaces.Discrete) or (isinstance(space, spaces.Box) and space.dtype.kind == "f")):
-        actions = " ".join(str(space).split())
-        raise InputError(
-            f"{args.env_id} takes actions {actions}: A3C here needs Discrete ones or a Box of real numbers"
-        )
-    generators = seed_everything(args.seed, args.num_workers)
-    model = ActorCritic(observation_size, space)
-    shared, seconds = Shared(model.theta.clone(), args), 0.0
+    checkpoint = load_checkpoint(args, SCRIPT)
+    with failing(f"{args.env_id} cannot be used"):
+        eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
+    if args.capture_video:
+        check_film(eval_env)
+    seed_everything(args.seed, 0)
+    model = ActorCritic(eval_env.observation_space.shape[0], eval_env.action_space)
+    backend = args.backend
+    if backend == "auto":
+        backend = "process" if has_gil() and args.num_workers > 1 else "thread"
+    context = torch.multiprocessing.get_context(START_METHOD)
+    context.set_forkserver_preload(["torch", "gymnasium", "tyro", "tqdm"])
+    shared = Shared(model.theta, args, context.SimpleQueue)
     if checkpoint:
-        try:
+        with failing(f"the checkpoint does not fit {args.env_id} as it is installed here"):
             model.load_state_dict(checkpoint["model"])
-            shared.optimizer.theta.copy_(model.theta)
-            shared.optimizer.g.copy_(checkpoint["g"])
-            shared.steps[0], seconds = checkpoint["step"], checkpoint["seconds"]
-            for index, state in checkpoint["random_states"].items():
-                if index < args.num_workers:
-                    generators[index].bit_generator.state = state
-        except (RuntimeError, LookupError, TypeError, ValueError):
-            raise InputError(f"the checkpoint does not fit {args.env_id} as it is installed here") from None
-
-    def greedy_policy(observation: np.ndarray):
-        return model.to_env(model.act(observation))
-
-    if args.evaluate:
-        print(f"{SCRIPT}: {evaluate(greedy_policy, args, Path(args.evaluate))[0]}; {args.evaluate}")
+            shared.g.copy_(checkpoint["g"])
+            shared.steps[0] = checkpoint["step"]
+    if args.evaluate is not None:
+        print(f"{SCRIPT}: {evaluate(model.act, eval_env, args, Path(args.evaluate))[0]}; {args.evaluate}")
         return 0
-    if shared.T() > args.total_timesteps:
-        raise InputError(f"{args.resume} has done {shared.T():,} steps already: give more with --total-timesteps")
+    T, last_progress = shared.T, time.monotonic()
+    if T > args.total_timesteps:
+        fail(f"{args.resume} has done {T:,} steps already: give more with --total-timesteps")
 
-    def snapshot() -> dict:
-        model.theta.copy_(shared.optimizer.theta)
-        return {"model": model.state_dict(), "g": shared.optimizer.g.clone()}
+    run = Run(SCRIPT, args, METRICS, {"backend_used": backend}, checkpoint)
+    print(f"{SCRIPT}: {args.env_id}, {args.num_workers} {backend} workers (GIL: {has_gil()}), {run.folder}", flush=True)
+    # Thread and Process share constructor, start, is_alive and join, so one list serves both.
+    new_worker = context.Process if backend == "process" else threading.Thread
+    rngs = [seed_everything(args.seed, run.first_step, index) for index in range(args.num_workers)]
+    workers = [new_worker(target=worker, args=(i, args, shared, rngs[i]), daemon=True) for i in range(args.num_workers)]
 
-    backend, reason = choose_backend(args.backend, args.num_workers)
-    run = Run(SCRIPT, args, METRICS, {"backend_used": backend}, shared.T(), seconds)
-    print(
-        f"{SCRIPT}: {args.env_id}, {args.num_workers} workers, backend {backend} ({reason}), {run.folder}", flush=True
-    )
-    exit_code = train(run, worker, [(args, shared, rng) for rng in generators], backend, shared, snapshot)
-    if exit_code == 0:
-        model.theta.copy_(shared.optimizer.theta)
-        run.finish(*evaluate(greedy_policy, args, run.folder))
-    return exit_code
+    def log_and_save() -> None:
+        means, T = shared.means(), shared.T  # in this order: T counts the steps of all these updates
+        if means and T > run.last_step:
+            run.log_metrics(T, means)
+        run.save(T, model=model.state_dict(), g=shared.g)
+
+    next_log = T // args.log_interval + 1
+    alive = [True]
+    with run:
+        with signals_blocked():  # they inherit that, so that Ctrl-C and SIGTERM reach the main process alone
+            for each in workers:
+                each.start()
+        while any(alive):
+            alive = [each.is_alive() for each in workers]  # first, so that the last round finds everything
+            time.sleep(0.05)  # rather than wake up for every single episode
+            if shared.T == run.first_step:
+                run.start()
+            for episode in sorted(shared.reported()):
+                run.log_episode(*episode)
+            # Who has ended and is not done has raised (the traceback is on the terminal), has exited or was killed.
+            failed = [index for index, is_alive in enumerate(alive) if not is_alive and not shared.done[index]]
+            if failed and run.exit_code != 1:
+                run.fail(f"worker {failed[0]} has failed or was killed: {workers[failed[0]]}")
+            shared.stop.value = run.stopped
+            if shared.T > T or (T <= args.total_timesteps and not run.stopped):
+                T, last_progress = shared.T, time.monotonic()
+            elif time.monotonic() - last_progress > PATIENCE_SECONDS:
+                run.fail("a worker makes no progress and does not end")
+                alive = []
+            if next_log * args.log_interval <= T <= args.total_timesteps:
+                log_and_save()
+                next_log = T // args.log_interval + 1
+            run.progress(T)
+    shared.stop.value = True
+    for each in set(workers) & set(multiprocessing.active_children()):
+        each.kill()  # threads end with this process
+    with run:
+        log_and_save()
+    run.close(shared.T)
+    if run.exit_code == 0:
+        with run:
+            run.finish(*evaluate(model.act, eval_env, args, run.folder))
+    return run.exit_code
 
 
 if __name__ == "__main__":
-    command_line(main, Args)
+    sys.exit(main(parse_args(Args, SCRIPT)))

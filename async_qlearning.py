@@ -7,69 +7,75 @@ paper's other two value-based methods. To begin with: python async_qlearning.py 
 
 import math
 import multiprocessing
+import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.wrappers import FlattenObservation, RecordEpisodeStatistics, TransformAction
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from common.evaluation import evaluate
-from common.inputs import InputError, check_args, check_env, command_line, make_env, read_checkpoint
-from common.run import Run
-from common.seeding import seed_everything
-from common.workers import choose_backend, train
+from common.arguments import fail, failing, load_checkpoint, parse_args
+from common.evaluation import check_film, evaluate
+from common.ranges import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, check_args
+from common.run import Run, follow_parent, has_gil, seed_everything, signals_blocked
 
 SCRIPT = Path(__file__).stem
+START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"  # of processes; eight are up in 2 s, or in 17 s
+PATIENCE_SECONDS = 60.0  # how long a worker may be without progress once the run is ending
 
 
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"
     """environment: any id that gymnasium.make takes, `module:Env-v0` included"""
-    seed: int = 1
+    seed: NonNegativeInt = 1
     """seed of everything random; with one worker, the same seed gives the same run"""
-    total_timesteps: int = 500_000
+    total_timesteps: PositiveInt = 500_000
     """T_max: environment steps of all workers together"""
-    num_workers: int = 8
+    num_workers: PositiveInt = 8
     """workers, each with an environment of its own"""
     backend: Literal["auto", "thread", "process"] = "auto"
     """what a worker is; auto: threads for one worker or where Python has no GIL, processes otherwise"""
     target: Literal["q", "sarsa"] = "q"
     """what the target takes of the next state: its largest value (Q-learning), or that of the next action (SARSA)"""
-    n_step: int = 1
-    """rewards in a target, fewer at the end of a segment; from --train-frequency on it is the paper's n-step method"""
-    train_frequency: int = 32
+    n_step: PositiveInt = 1
+    """rewards in a target, fewer at the end of a segment; at least --train-frequency gives the paper's n-step method"""
+    train_frequency: PositiveInt = 32
     """I_AsyncUpdate: steps of a worker between two updates, fewer at the end of an episode"""
-    target_network_frequency: int = 500
+    target_network_frequency: PositiveInt = 500
     """I_target: steps of all workers together between two updates of the target network"""
-    final_epsilons: tuple[float, ...] = (0.1, 0.01, 0.5)
-    """what a worker's epsilon ends at: one of these"""
-    final_epsilon_probs: tuple[float, ...] = (0.4, 0.3, 0.3)
-    """with these probabilities"""
-    exploration_fraction: float = 0.3
+    final_epsilons: tuple[Fraction, ...] = (0.1, 0.01, 0.5)
+    """the values that the workers' epsilons end at; the first workers get the smallest"""
+    final_epsilon_probs: tuple[Fraction, ...] = (0.4, 0.3, 0.3)
+    """the share of the workers that each of the --final-epsilons gets"""
+    exploration_fraction: Fraction = 0.3
     """fraction of the total timesteps over which epsilon falls from 1 to its end"""
-    learning_rate: float = 6e-3
-    """eta at the beginning"""
+    learning_rate: PositiveFloat = 6e-3
+    """eta, the learning rate at the beginning"""
     anneal_lr: bool = True
     """lower the learning rate linearly to zero over the total timesteps"""
-    gamma: float = 0.99
+    gamma: Fraction = 0.99
     """discount factor"""
-    max_grad_norm: float = 1000.0
-    """longer gradients are shortened to this; mind that they are sums over a segment, not means"""
-    rmsprop_alpha: float = 0.99
+    max_grad_norm: PositiveFloat = 1000.0
+    """clip the gradient norm to this; gradients are sums over a segment, not means"""
+    rmsprop_alpha: Fraction = 0.99
     """decay of RMSProp's mean of squared gradients"""
-    rmsprop_eps: float = 10.0
-    """RMSProp's epsilon, inside of the root"""
-    log_interval: int = 5_000
-    """steps between two rows of metrics.csv; the checkpoint is renewed as often"""
+    rmsprop_eps: PositiveFloat = 10.0
+    """RMSProp's epsilon, inside the root"""
+    log_interval: PositiveInt = 5_000
+    """steps between two rows of metrics.csv, and between two checkpoints"""
     log_dir: str = "runs"
     """where run folders go"""
-    eval_episodes: int = 20
+    eval_episodes: NonNegativeInt = 20
     """greedy episodes after training, on a fresh environment; 0: none"""
     capture_video: bool = False
     """film the greedy policy of the evaluation into the run's videos/"""
@@ -79,47 +85,57 @@ class Args:
     """a run's folder: go on from its checkpoint, with its arguments, to --total-timesteps (annealing follows that)"""
 
 
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+    """The environment, with flat observations and with Discrete actions that count from 0.
+
+    Raises:
+        ValueError: the script cannot play it.
+    """
+    env = gym.make(env_id, disable_env_checker=True, **({"render_mode": render_mode} if render_mode else {}))
+    env = RecordEpisodeStatistics(env)
+    space = env.observation_space
+    if not isinstance(space, spaces.Box) or len(space.shape) != 1:
+        if not space.is_np_flattenable or space.dtype == np.uint8:
+            raise ValueError(f"its observations do not flatten to a vector: {space}")
+        env = FlattenObservation(env)
+    space = env.action_space
+    if not isinstance(space, spaces.Discrete):
+        raise ValueError(f"Q-learning needs Discrete actions (ddpg.py takes a Box), not {space}")
+    return env if space.start == 0 else TransformAction(env, lambda a: space.start + a, spaces.Discrete(space.n))
+
+
 class QNetwork(nn.Module):
     """The action values Q(s, a; theta): two hidden layers of 64 units, an output for each action.
 
-    The attribute `theta` is one vector of which every parameter is a view: to write to it is to change the network.
+    The attribute `theta` is one vector of which every parameter is a view: who writes to it changes the network.
 
     Args:
         observation_size: numbers in an observation.
-        action_space: the environment's.
-        theta: the vector to be a view of, such as one in shared memory; without it, a new one with initial weights.
+        num_actions: the actions' number.
+        theta: the vector to be a view of; without it, a new one with initial weights, which processes can share.
     """
 
-    def __init__(self, observation_size: int, action_space: spaces.Discrete, theta: torch.Tensor | None = None):
+    def __init__(self, observation_size: int, num_actions: int, theta: torch.Tensor | None = None):
         super().__init__()
-        self.space = action_space
-        linear = [nn.Linear(observation_size, 64), nn.Linear(64, 64), nn.Linear(64, int(action_space.n))]
-        for layer, gain in zip(linear, (math.sqrt(2), math.sqrt(2), 1.0), strict=True):
+        layers = [nn.Linear(observation_size, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, num_actions)]
+        for layer, gain in zip(layers[::2], (math.sqrt(2), math.sqrt(2), 1.0), strict=True):
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
-        self.q = nn.Sequential(linear[0], nn.Tanh(), linear[1], nn.Tanh(), linear[2])
-        self.theta = parameters_to_vector(self.parameters()).detach() if theta is None else theta
+        self.q = nn.Sequential(*layers)  # Q(s, .; theta), shape (n, actions), of observations (n, observation_size)
+        self.theta = parameters_to_vector(self.parameters()).detach().share_memory_() if theta is None else theta
         vector_to_parameters(self.theta, self.parameters())
         # The same as numpy views of the same memory: for a single observation that takes a sixth of torch's time.
-        self.layers = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in linear]
-
-    def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        """Q(s, .; theta), shape (n, actions), of observations of shape (n, observation_size)."""
-        return self.q(observations)
+        self.layers = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in layers[::2]]
 
     def act(self, observation: np.ndarray, epsilon: float = 0.0, rng: np.random.Generator | None = None) -> int:
         """The index of an epsilon-greedy action for one observation, shape (observation_size,)."""
         if epsilon and rng.random() < epsilon:
-            return int(rng.random() * self.space.n)
+            return int(rng.random() * self.q[-1].out_features)
         x = observation
         for weight, bias in self.layers[:-1]:
             x = np.tanh(weight @ x + bias)
         weight, bias = self.layers[-1]
         return int((weight @ x + bias).argmax())
-
-    def to_env(self, action: int) -> int:
-        """The environment's action for an index."""
-        return int(self.space.start) + action
 
 
 def td_targets(rewards: torch.Tensor, next_values: torch.Tensor, gamma: float, n_step: int = 1) -> torch.Tensor:
@@ -154,231 +170,266 @@ def q_loss(model: QNetwork, target: QNetwork, observations, actions, rewards, te
         args: gamma, target, n_step.
 
     Returns:
-        The loss, a scalar tensor, and the means over the steps of squared error and of Q(s, a; theta).
+        The loss, a scalar tensor, and the means over the steps of squared error and of Q(s, a; theta), by name.
     """
     n = len(rewards)
     with torch.no_grad():
-        next_q = target(observations[1:])  # Q(s', .; theta-)
-        if args.target == "q":
-            next_values = next_q.amax(-1)  # max_a' Q(s', a'; theta-)
-        else:
-            next_values = next_q.gather(-1, actions[1:].unsqueeze(-1)).squeeze(-1)  # Q(s', a'; theta-)
+        next_q = target.q(observations[1:])  # Q(s', .; theta-)
+        next_actions = next_q.argmax(-1) if args.target == "q" else actions[1:]  # Q-learning: the best a'; SARSA: taken
+        next_values = next_q.gather(-1, next_actions.unsqueeze(-1)).squeeze(-1)  # Q(s', a'; theta-)
         if terminated:
             next_values[-1] = 0.0
         y = td_targets(rewards, next_values, args.gamma, args.n_step)
-    q = model(observations[:-1]).gather(-1, actions[:n].unsqueeze(-1)).squeeze(-1)  # Q(s, a; theta)
+    q = model.q(observations[:-1]).gather(-1, actions[:n].unsqueeze(-1)).squeeze(-1)  # Q(s, a; theta)
     assert y.shape == q.shape == (n,), (y.shape, q.shape)
     loss = (y - q).square().sum()  # d theta <- d theta + d (y - Q(s, a; theta))^2 / d theta
-    return loss, (loss.item() / n, q.mean().item())
+    return loss, {"td_loss": loss.item() / n, "q_values": q.mean().item()}
 
 
-class SharedRMSProp:
-    """RMSProp whose statistics g all workers share, as they share theta (Mnih et al. 2016, section 4):
+def rmsprop_step(theta: torch.Tensor, g: torch.Tensor, d_theta: torch.Tensor, learning_rate: float, args: Args) -> None:
+    """One step of RMSProp on theta and g, in place; all shapes are those of theta (Mnih et al. 2016, section 4):
 
         g <- alpha g + (1 - alpha) d^2          theta <- theta - eta d / sqrt(g + epsilon)
 
-    No lock is taken: of two workers that update at the same time, one may overwrite parts of the other's step.
-
-    Why not Adam: the numerator of its step, the momentum, is shared as well, and a worker that loses its core between
-    computing the denominator and dividing, as happens when workers are more than cores, divides a momentum of now by a
-    denominator of long ago, with no bound on the quotient. Here the numerator is the worker's own d, which g has just
-    taken in, so that but for a write that another worker overwrites no step exceeds eta / sqrt(1 - alpha).
+    All workers share g, as they share theta. No lock is taken: of two workers that update at the same time, one may
+    overwrite parts of the other's step.
     """
-
-    def __init__(self, theta: torch.Tensor, alpha: float, eps: float):
-        self.theta, self.alpha, self.eps = theta.share_memory_(), alpha, eps
-        self.g = torch.zeros_like(theta).share_memory_()
-
-    def step(self, d_theta: torch.Tensor, learning_rate: float) -> None:
-        """Update theta in place by the gradient `d_theta`, of the same shape."""
-        self.g.mul_(self.alpha).addcmul_(d_theta, d_theta, value=1 - self.alpha)
-        self.theta.addcdiv_(d_theta, (self.g + self.eps).sqrt_(), value=-learning_rate)
+    g.mul_(args.rmsprop_alpha).addcmul_(d_theta, d_theta, value=1 - args.rmsprop_alpha)
+    theta.addcdiv_(d_theta, (g + args.rmsprop_eps).sqrt_(), value=-learning_rate)
 
 
-def draw_final_epsilons(args: Args, rng: np.random.Generator) -> np.ndarray:
-    """Draw each worker's final epsilon, shape (num_workers,) (Mnih et al. 2016, section 5.1).
+def final_epsilons(args: Args) -> np.ndarray:
+    """What each worker's epsilon ends at, in ascending order, shape (num_workers,) (Mnih et al. 2016, section 5.1).
 
-    The draw is systematic: the workers sit at equal distances on a circle on which every epsilon has an arc as long as
-    its probability p, and the circle is turned at random. So each worker has every epsilon with its probability, and of
-    W workers W p, rounded down or up, have it. A draw that gives everyone the largest epsilon, which with the default
-    probabilities happens to a single worker only, is made again.
+    The paper draws each one from a distribution. Here worker i gets its quantile (i + 1/2) / num_workers, so that of
+    few workers, too, the right share has each epsilon.
     """
-    epsilons, ends = np.array(args.final_epsilons), np.cumsum(args.final_epsilon_probs)
-    possible = epsilons[np.array(args.final_epsilon_probs) > 0]
-    while True:
-        positions = (rng.random() + np.arange(args.num_workers) / args.num_workers) % 1
-        drawn = epsilons[np.searchsorted(ends[:-1], positions, side="right")]
-        if drawn.min() < possible.max() or possible.min() == possible.max():
-            return drawn
+    order = np.argsort(args.final_epsilons)
+    ends = np.cumsum(np.array(args.final_epsilon_probs)[order])
+    quantiles = (np.arange(args.num_workers) + 0.5) / args.num_workers
+    return np.array(args.final_epsilons)[order][np.searchsorted(ends, quantiles)]
 
 
-def annealed_epsilon(T: int, final_epsilon, args: Args):
-    """epsilon at step T: from 1 linearly to `final_epsilon`, a number or an array, over the exploration fraction."""
+def annealed_epsilon(T: int, final_epsilon: float, args: Args) -> float:
+    """epsilon at step T: from 1 linearly to `final_epsilon` over the exploration fraction, then `final_epsilon`."""
     left = max(0.0, 1 - T / (args.exploration_fraction * args.total_timesteps)) if args.exploration_fraction else 0.0
     return final_epsilon + (1 - final_epsilon) * left
 
 
-METRICS = {  # columns of metrics.csv, with their families in TensorBoard; behind them the epsilon of each worker
-    "td_loss": "losses",
-    "q_values": "losses",
-    "grad_norm": "losses",
-    "learning_rate": "charts",
-}
+# Columns of metrics.csv, with their families in TensorBoard
+METRICS = dict.fromkeys(("td_loss", "q_values", "grad_norm"), "losses")
+METRICS |= dict.fromkeys(("learning_rate", "epsilon"), "charts")
 
 
 class Shared:
-    """What all workers share. Each writes its own row of `steps` and `sums` alone: no count is lost, without a lock."""
+    """All that workers share, and their only way to it: memory that threads and processes see alike, without locks.
 
-    def __init__(self, theta: torch.Tensor, num_metrics: int, args: Args):
-        self.optimizer = SharedRMSProp(theta, args.rmsprop_alpha, args.rmsprop_eps)
+    Each worker writes where no other does, so no count is lost. On processors that reorder writes, a row of metrics may
+    include an update a moment before T includes its steps.
+
+    Args:
+        theta: the global parameters, in shared memory.
+        args: num_workers, target_network_frequency and RMSProp's arguments.
+        new_queue: makes the queues for episodes, one for each worker: who is killed while writing blocks nobody else.
+    """
+
+    def __init__(self, theta: torch.Tensor, args: Args, new_queue: Callable):
+        self.theta, self.g, self.args = theta, torch.zeros_like(theta).share_memory_(), args
         self.theta_target = theta.clone().share_memory_()  # theta-
-        self.target_updates = torch.zeros((), dtype=torch.int64).share_memory_()
-        self.target_lock = multiprocessing.get_context("spawn").Lock()  # of this kind, processes can be given it
-        self.steps = torch.zeros(args.num_workers, dtype=torch.int64).share_memory_()  # t of each
-        self.sums = torch.zeros(args.num_workers, 1 + num_metrics, dtype=torch.float64).share_memory_()
-        self.stop = torch.zeros((), dtype=torch.bool).share_memory_()
+        self.target_updates = multiprocessing.RawValue("q")
+        self.steps = multiprocessing.RawArray("q", args.num_workers)  # t of each worker
+        # The sums of each metric and, last, the number of updates, of each worker
+        self.sums = [multiprocessing.RawArray("d", len(METRICS) + 1) for _ in range(args.num_workers)]
+        self.done = multiprocessing.RawArray("b", args.num_workers)
+        self.known_sums = np.zeros(1 + len(METRICS))
+        self.stop = multiprocessing.RawValue("b")
+        self.episodes = [new_queue() for _ in range(args.num_workers)]
 
+    @property
     def T(self) -> int:
         """The global step counter: the sum of the workers' own."""
-        return int(self.steps.sum())
+        return sum(self.steps[:])
 
-    def update_target(self, multiple: int) -> None:
-        """theta- <- theta for every multiple of I_target up to the given one that has not had its turn yet.
+    def count_step(self, worker: int) -> None:
+        """t <- t + 1, and with it T <- T + 1."""
+        self.steps[worker] += 1
 
-        One worker at a time; who comes while another is at it goes on, so that nobody waits for one that has died.
-        """
-        if self.target_lock.acquire(block=False):
-            while self.target_updates < multiple:
-                self.theta_target.copy_(self.optimizer.theta)
-                self.target_updates += 1
-            self.target_lock.release()
+    def update_target(self, T: int) -> None:
+        """theta- <- theta if T has passed another multiple of I_target. Two workers may do it at the same time."""
+        if T // self.args.target_network_frequency > self.target_updates.value:
+            self.target_updates.value = T // self.args.target_network_frequency
+            self.theta_target.copy_(self.theta)
+
+    def update(self, d_theta: torch.Tensor, learning_rate: float) -> None:
+        """Asynchronous update of theta using d theta."""
+        rmsprop_step(self.theta, self.g, d_theta, learning_rate, self.args)
+
+    def log(self, worker: int, metrics: dict[str, float]) -> None:
+        """Add the metrics of one update."""
+        for column, value in enumerate((*(metrics[name] for name in METRICS), 1)):
+            self.sums[worker][column] += value
+
+    def report(self, worker: int, episode: dict) -> None:
+        """An episode has ended; `episode` is what `RecordEpisodeStatistics` tells of it."""
+        self.episodes[worker].put((self.T, worker, {"r": float(episode["r"]), "l": episode["l"]}, time.monotonic()))
+
+    def reported(self) -> Iterator[tuple]:
+        """The episodes reported since the last call, as arguments of `Run.log_episode`."""
+        for episodes in self.episodes:
+            while not episodes.empty():
+                yield episodes.get()
+
+    def means(self) -> dict[str, float]:
+        """The metrics, means over all updates since the last call; none without an update."""
+        sums = np.sum(self.sums, axis=0)
+        *totals, updates = sums - self.known_sums
+        self.known_sums = sums
+        return {name: total / updates for name, total in zip(METRICS, totals, strict=True) if updates}
 
 
-def worker(channel, index: int, args: Args, shared: Shared, final_epsilons, rng: np.random.Generator) -> None:
-    """One worker of algorithm 1, a thread or a process. It reports every episode through `channel`.
+def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> None:
+    """One worker of algorithm 1, a thread or a process.
+
+    It acts and learns on the shared theta itself. The targets y and the gradients of the steps between two updates are
+    computed at the second one, all at once, with theta- and theta as they are then; the lecture does so at each step.
 
     Raises:
         FloatingPointError: a gradient is not finite; theta is left as it was.
     """
+    follow_parent()
     torch.set_num_threads(1)
-    env, optimizer = make_env(args.env_id), shared.optimizer
-    network = env.observation_space.shape[0], env.action_space
-    model, target = QNetwork(*network), QNetwork(*network, shared.theta_target)
+    env = make_env(args.env_id)
+    sizes = env.observation_space.shape[0], int(env.action_space.n)
+    model, target = QNetwork(*sizes, shared.theta), QNetwork(*sizes, shared.theta_target)
     parameters = list(model.parameters())
-    all_t, t, sums = shared.steps.numpy(), shared.steps[index : index + 1].numpy(), shared.sums[index].numpy()
-    target_updates, stop = shared.target_updates.numpy(), shared.stop.numpy()
+    final_epsilon = final_epsilons(args)[index]
     observations = np.empty((args.train_frequency + 1, *env.observation_space.shape), np.float32)
     observations[0], _ = env.reset(seed=int(rng.integers(2**31)))
-    model.theta.copy_(optimizer.theta)
-    actions, rewards, next_action = [], [], None
-    episode_return, episode_length = 0.0, 0
-    start_time = channel.wait_for_start()
-    T = shared.T()
+    actions, rewards, t = [], [], 0
 
-    while T <= args.total_timesteps and not stop:  # until T > T_max
+    # until T > T_max; when the run is stopped, the steps since the last update are learned first
+    while (T := shared.T) <= args.total_timesteps and (rewards or not shared.stop.value):
         n = len(rewards)  # steps since the last update; s is observations[n]
         # Take action a with epsilon-greedy policy based on Q(s, a; theta)
-        epsilon = annealed_epsilon(T, final_epsilons[index], args)
-        action = model.act(observations[n], epsilon, rng) if next_action is None else next_action
+        epsilon = annealed_epsilon(T, final_epsilon, args)
+        if len(actions) == n:  # or else it is SARSA's a' of the last update
+            actions.append(model.act(observations[n], epsilon, rng))
         # Receive new state s' and reward r
-        observations[n + 1], reward, terminated, truncated, _ = env.step(model.to_env(action))
-        actions.append(action)
+        observations[n + 1], reward, terminated, truncated, info = env.step(actions[n])
         rewards.append(float(reward))
-        next_action = None
-        t += 1  # T <- T + 1 and t <- t + 1
-        T = int(all_t.sum())
-        if T // args.target_network_frequency > target_updates:  # if T mod I_target == 0
-            shared.update_target(T // args.target_network_frequency)  # theta- <- theta
         n += 1  # s = s', observations[n]
-        if t[0] % args.train_frequency == 0 or terminated or truncated:  # t mod I_AsyncUpdate == 0, or s is terminal
+        shared.count_step(index)  # T <- T + 1
+        t += 1  # t <- t + 1
+        shared.update_target(shared.T)  # if T mod I_target == 0: theta- <- theta
+        # if t mod I_AsyncUpdate == 0 or s is terminal
+        if t % args.train_frequency == 0 or terminated or truncated or shared.stop.value:
             if args.target == "sarsa":  # a', which it takes next if the episode goes on
-                next_action = model.act(observations[n], epsilon, rng)
-                actions.append(next_action)
+                actions.append(model.act(observations[n], epsilon, rng))
             batch = torch.from_numpy(observations[: n + 1]), torch.tensor(actions), torch.tensor(rewards)
-            loss, means = q_loss(model, target, *batch, terminated, args)
+            loss, metrics = q_loss(model, target, *batch, terminated, args)
             d_theta = parameters_to_vector(torch.autograd.grad(loss, parameters))
             norm = d_theta.norm().item()
             if not math.isfinite(norm):
-                healthy = np.isfinite(observations[: n + 1]).all() and np.isfinite(rewards).all()
-                hint = "a lower --learning-rate may help" if healthy else "so is what the environment returned"
-                raise FloatingPointError(f"the gradient is {norm} at step {T:,}; {hint}")
-            if norm > args.max_grad_norm:
-                d_theta *= args.max_grad_norm / norm
-            learning_rate = args.learning_rate * max(0.0, 1 - T / args.total_timesteps if args.anneal_lr else 1.0)
-            optimizer.step(d_theta, learning_rate)  # asynchronous update of theta using d theta
-            sums += (1, *means, norm, learning_rate, *annealed_epsilon(T, final_epsilons, args))
-            model.theta.copy_(optimizer.theta)
-            episode_return, episode_length = episode_return + sum(rewards), episode_length + n
+                raise FloatingPointError(
+                    f"the gradient is {norm} at step {T + 1:,}: check --learning-rate and the environment"
+                )
+            d_theta *= args.max_grad_norm / max(norm, args.max_grad_norm)
+            learning_rate = args.learning_rate * (1 - T / args.total_timesteps if args.anneal_lr else 1.0)
+            shared.update(d_theta, learning_rate)  # asynchronous update of theta using d theta
+            shared.log(index, metrics | {"grad_norm": norm, "learning_rate": learning_rate, "epsilon": epsilon})
             observations[0] = observations[n]
-            actions, rewards = [], []  # d theta <- 0
+            actions, rewards = actions[n:], []  # d theta <- 0
         if terminated or truncated:
-            channel.send(((T, time.monotonic() - start_time, episode_return, episode_length), rng.bit_generator.state))
+            shared.report(index, info["episode"])
             observations[0], _ = env.reset()
-            episode_return, episode_length, next_action = 0.0, 0, None
-    channel.send((None, rng.bit_generator.state))
+            actions = []
+    shared.done[index] = True
     env.close()
 
 
 def main(args: Args) -> int:
     """Train, go on training or only evaluate, as `args` says. Returns the exit code."""
     check_args(args)
-    if len(args.final_epsilons) != len(args.final_epsilon_probs):
-        counts = f"{len(args.final_epsilons)} and {len(args.final_epsilon_probs)}"
-        raise InputError(f"--final-epsilons and --final-epsilon-probs must have equally many numbers, not {counts}")
-    if not math.isclose(sum(args.final_epsilon_probs), 1, abs_tol=1e-6):
-        raise InputError(f"--final-epsilon-probs must sum to 1, not to {sum(args.final_epsilon_probs):g}")
-    checkpoint = read_checkpoint(args, SCRIPT)
-    observation_size, space = check_env(args, checkpoint)
-    if not isinstance(space, spaces.Discrete):
-        hint = "; ddpg.py is for those" if isinstance(space, spaces.Box) else ""
-        actions = " ".join(str(space).split())
-        raise InputError(f"{args.env_id} takes actions {actions}: Q-learning needs Discrete ones{hint}")
-    *generators, rng = seed_everything(args.seed, args.num_workers + 1)
-    final_epsilons = draw_final_epsilons(args, rng)
-    metrics = METRICS | {f"epsilon_{index}": "charts" for index in range(args.num_workers)}
-    model = QNetwork(observation_size, space)
-    shared, seconds = Shared(model.theta.clone(), len(metrics), args), 0.0
+    if len(args.final_epsilons) != len(args.final_epsilon_probs) or abs(sum(args.final_epsilon_probs) - 1) > 1e-6:
+        fail(f"--final-epsilon-probs must be {len(args.final_epsilons)} numbers that sum to 1")
+    checkpoint = load_checkpoint(args, SCRIPT)
+    with failing(f"{args.env_id} cannot be used"):
+        eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
+    if args.capture_video:
+        check_film(eval_env)
+    seed_everything(args.seed, 0)
+    model = QNetwork(eval_env.observation_space.shape[0], int(eval_env.action_space.n))
+    backend = args.backend
+    if backend == "auto":
+        backend = "process" if has_gil() and args.num_workers > 1 else "thread"
+    context = torch.multiprocessing.get_context(START_METHOD)
+    context.set_forkserver_preload(["torch", "gymnasium", "tyro", "tqdm"])
+    shared = Shared(model.theta, args, context.SimpleQueue)
     if checkpoint:
-        try:
+        with failing(f"the checkpoint does not fit {args.env_id} as it is installed here"):
             model.load_state_dict(checkpoint["model"])
-            shared.optimizer.theta.copy_(model.theta)
+            shared.g.copy_(checkpoint["g"])
             shared.theta_target.copy_(checkpoint["theta_target"])
-            shared.optimizer.g.copy_(checkpoint["g"])
-            shared.steps[0], seconds = checkpoint["step"], checkpoint["seconds"]
-            shared.target_updates.fill_(checkpoint["step"] // args.target_network_frequency)
-            for index, state in checkpoint["random_states"].items():
-                if index < args.num_workers:
-                    generators[index].bit_generator.state = state
-        except (RuntimeError, LookupError, TypeError, ValueError):
-            raise InputError(f"the checkpoint does not fit {args.env_id} as it is installed here") from None
-
-    def greedy_policy(observation: np.ndarray):
-        return model.to_env(model.act(observation))
-
-    if args.evaluate:
-        print(f"{SCRIPT}: {evaluate(greedy_policy, args, Path(args.evaluate))[0]}; {args.evaluate}")
+            shared.steps[0] = checkpoint["step"]
+            shared.target_updates.value = checkpoint["step"] // args.target_network_frequency
+    if args.evaluate is not None:
+        print(f"{SCRIPT}: {evaluate(model.act, eval_env, args, Path(args.evaluate))[0]}; {args.evaluate}")
         return 0
-    if shared.T() > args.total_timesteps:
-        raise InputError(f"{args.resume} has done {shared.T():,} steps already: give more with --total-timesteps")
+    T, last_progress = shared.T, time.monotonic()
+    if T > args.total_timesteps:
+        fail(f"{args.resume} has done {T:,} steps already: give more with --total-timesteps")
 
-    def snapshot() -> dict:
-        model.theta.copy_(shared.optimizer.theta)
-        tensors = {"theta_target": shared.theta_target.clone(), "g": shared.optimizer.g.clone()}
-        return {"model": model.state_dict()} | tensors
+    run = Run(SCRIPT, args, METRICS, {"backend_used": backend, "epsilons": final_epsilons(args).tolist()}, checkpoint)
+    print(f"{SCRIPT}: {args.env_id}, {args.num_workers} {backend} workers (GIL: {has_gil()}), {run.folder}", flush=True)
+    # Thread and Process share constructor, start, is_alive and join, so one list serves both.
+    new_worker = context.Process if backend == "process" else threading.Thread
+    rngs = [seed_everything(args.seed, run.first_step, index) for index in range(args.num_workers)]
+    workers = [new_worker(target=worker, args=(i, args, shared, rngs[i]), daemon=True) for i in range(args.num_workers)]
 
-    backend, reason = choose_backend(args.backend, args.num_workers)
-    facts = {"backend_used": backend, "final_epsilons_drawn": final_epsilons.tolist()}
-    run = Run(SCRIPT, args, metrics, facts, shared.T(), seconds)
-    print(
-        f"{SCRIPT}: {args.env_id}, {args.num_workers} workers, backend {backend} ({reason}), {run.folder}", flush=True
-    )
-    arguments = [(args, shared, final_epsilons, rng) for rng in generators]
-    exit_code = train(run, worker, arguments, backend, shared, snapshot)
-    if exit_code == 0:
-        model.theta.copy_(shared.optimizer.theta)
-        run.finish(*evaluate(greedy_policy, args, run.folder))
-    return exit_code
+    def log_and_save() -> None:
+        means, T = shared.means(), shared.T  # in this order: T counts the steps of all these updates
+        if means and T > run.last_step:
+            run.log_metrics(T, means)
+        run.save(T, model=model.state_dict(), g=shared.g, theta_target=shared.theta_target)
+
+    next_log = T // args.log_interval + 1
+    alive = [True]
+    with run:
+        with signals_blocked():  # they inherit that, so that Ctrl-C and SIGTERM reach the main process alone
+            for each in workers:
+                each.start()
+        while any(alive):
+            alive = [each.is_alive() for each in workers]  # first, so that the last round finds everything
+            time.sleep(0.05)  # rather than wake up for every single episode
+            if shared.T == run.first_step:
+                run.start()
+            for episode in sorted(shared.reported()):
+                run.log_episode(*episode)
+            # Who has ended and is not done has raised (the traceback is on the terminal), has exited or was killed.
+            failed = [index for index, is_alive in enumerate(alive) if not is_alive and not shared.done[index]]
+            if failed and run.exit_code != 1:
+                run.fail(f"worker {failed[0]} has failed or was killed: {workers[failed[0]]}")
+            shared.stop.value = run.stopped
+            if shared.T > T or (T <= args.total_timesteps and not run.stopped):
+                T, last_progress = shared.T, time.monotonic()
+            elif time.monotonic() - last_progress > PATIENCE_SECONDS:
+                run.fail("a worker makes no progress and does not end")
+                alive = []
+            if next_log * args.log_interval <= T <= args.total_timesteps:
+                log_and_save()
+                next_log = T // args.log_interval + 1
+            run.progress(T)
+    shared.stop.value = True
+    for each in set(workers) & set(multiprocessing.active_children()):
+        each.kill()  # threads end with this process
+    with run:
+        log_and_save()
+    run.close(shared.T)
+    if run.exit_code == 0:
+        with run:
+            run.finish(*evaluate(model.act, eval_env, args, run.folder))
+    return run.exit_code
 
 
 if __name__ == "__main__":
-    command_line(main, Args)
+    sys.exit(main(parse_args(Args, SCRIPT)))

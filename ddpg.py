@@ -5,79 +5,79 @@ that the lecture shows or names. To begin with: python ddpg.py
 """
 
 import copy
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+import shutil
+import sys
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
+import gymnasium as gym
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from gymnasium import spaces
+from gymnasium.wrappers import FlattenObservation, RecordEpisodeStatistics, TransformAction
 from torch import nn
 from torch.nn.utils import get_total_norm
 
-from common.evaluation import evaluate
-from common.inputs import InputError, check_args, check_env, check_memory, command_line, make_env, read_checkpoint
-from common.iterations import restore, train
-from common.run import Run
-from common.seeding import seed_everything
+from common.arguments import fail, failing, load_checkpoint, parse_args
+from common.evaluation import check_film, evaluate
+from common.ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_args
+from common.run import Run, seed_everything
 
 SCRIPT = Path(__file__).stem
+HIDDEN = 256  # units of each of the two hidden layers
+METRICS_EVERY = 50  # a row of metrics.csv is a mean over every 50th update
 
 
 @dataclass
 class Args:
     env_id: str = "Pendulum-v1"
     """environment: any id that gymnasium.make takes, `module:Env-v0` included"""
-    seed: int = 1
+    seed: NonNegativeInt = 1
     """seed of everything random: the same seed gives the same run"""
-    total_timesteps: int = 10_000
+    total_timesteps: PositiveInt = 10_000
     """environment steps in all"""
-    learning_starts: int = 1_000
+    learning_starts: NonNegativeInt = 1_000
     """steps with uniformly random actions before the first update"""
-    buffer_size: int = 1_000_000
-    """transitions that the replay memory R holds; beyond that the oldest are overwritten"""
-    batch_size: int = 64
-    """N: transitions of a minibatch; there is one for each step"""
-    learning_rate: float = 1e-3
-    """Adam's, of the critic"""
-    actor_learning_rate: float = 1e-3
-    """Adam's, of the actor"""
-    gamma: float = 0.99
+    buffer_size: PositiveInt = 1_000_000
+    """transitions that the replay memory R holds, no more than --total-timesteps; then the oldest are overwritten"""
+    batch_size: PositiveInt = 64
+    """N: transitions in a minibatch; each step learns from one minibatch"""
+    learning_rate: PositiveFloat = 1e-3
+    """Adam's learning rate for the critic"""
+    actor_learning_rate: PositiveFloat = 1e-3
+    """Adam's learning rate for the actor"""
+    gamma: Fraction = 0.99
     """discount factor"""
-    tau: float = 0.005
+    tau: Fraction = 0.005
     """how much of the networks goes into the target networks at each step"""
     target_network: bool = True
     """compute the targets y by networks that follow slowly; without: the original DPG"""
     batch_norm: bool = False
-    """batch normalisation of the observations, the actor's layers and the critic's layers before the action"""
-    action_layer: Literal[1, 2] = 2
-    """layer of the critic that a Box action enters at: 2 as in the paper, 1 beside the observation"""
-    small_last_layer: bool = True
-    """begin with weights of at most 0.003 in the networks' last layers, as in the paper; without: as torch does"""
+    """normalise by batch: observations, the actor's layers, and the critic's layers before the action"""
     noise: Literal["gaussian", "ou"] = "gaussian"
-    """exploration: independent normal numbers, or an Ornstein-Uhlenbeck process"""
-    noise_std: float = 0.1
+    """exploration of Box actions: independent normal numbers, or an Ornstein-Uhlenbeck process"""
+    noise_std: NonNegativeFloat = 0.1
     """the noise's scale sigma, in units in which the actions' bounds lie at -1 and 1"""
-    final_noise_std: float | None = None
-    """sigma at the end, to which it is annealed linearly; without: as at the beginning"""
-    ou_theta: float = 0.15
+    final_noise_std: NonNegativeFloat | None = None
+    """the noise's scale at the end, reached linearly; if not given, the scale stays the same"""
+    ou_theta: Fraction = 0.15
     """how fast the Ornstein-Uhlenbeck process returns to 0"""
-    gumbel_temperature: float = 1.0
-    """of the differentiable samples that take the place of mu(s) where actions are Discrete"""
-    logit_penalty: float = 1e-3
+    gumbel_temperature: PositiveFloat = 1.0
+    """temperature of the Gumbel-Softmax samples that replace mu(s) and its noise where actions are Discrete"""
+    logit_penalty: NonNegativeFloat = 1e-3
     """weight of the mean squared logit in the actor's loss where actions are Discrete: it keeps them uncertain"""
-    num_threads: int = 1
-    """torch's threads: a second one, if there is a core for it, helps more the larger the minibatches are"""
-    log_interval: int = 1_000
-    """steps between two rows of metrics.csv; the checkpoint is renewed as often"""
+    num_threads: PositiveInt = 1
+    """threads that torch uses; a second one helps with large minibatches if a core is free"""
+    log_interval: PositiveInt = 1_000
+    """steps between two rows of metrics.csv, and between two checkpoints"""
     log_dir: str = "runs"
     """where run folders go"""
-    eval_episodes: int = 20
+    eval_episodes: NonNegativeInt = 20
     """greedy episodes after training, on a fresh environment; 0: none"""
     capture_video: bool = False
     """film the greedy policy of the evaluation into the run's videos/"""
@@ -87,7 +87,35 @@ class Args:
     """a run's folder: go on from its checkpoint, with its arguments and its replay memory, to --total-timesteps"""
 
 
-HIDDEN = 256  # units of each of the two hidden layers
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+    """The environment, with flat observations and with actions as the actor gives them.
+
+    A Box of actions becomes flat, too, and -1 and 1 stand for its bounds. Discrete actions are one-hot vectors.
+
+    Raises:
+        ValueError: the script cannot play it.
+    """
+    env = gym.make(env_id, disable_env_checker=True, **({"render_mode": render_mode} if render_mode else {}))
+    env = RecordEpisodeStatistics(env)
+    space = env.observation_space
+    if not isinstance(space, spaces.Box) or len(space.shape) != 1:
+        if not space.is_np_flattenable or space.dtype == np.uint8:
+            raise ValueError(f"its observations do not flatten to a vector: {space}")
+        env = FlattenObservation(env)
+    space = env.action_space
+    if isinstance(space, spaces.Discrete):
+        return TransformAction(env, lambda a: space.start + a.argmax(), spaces.Discrete(space.n))
+    is_box = isinstance(space, spaces.Box) and space.dtype.kind == "f"
+    if not is_box or not (np.abs([space.low, space.high]) < 1e9).all():  # beyond that, no bound is meant
+        raise ValueError(f"ddpg.py needs Discrete actions or a Box of real numbers with bounds, not {space}")
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    center, scale = low / 2 + high / 2, high / 2 - low / 2
+
+    def to_bounds(action: np.ndarray) -> np.ndarray:
+        action = center + scale * action.reshape(space.shape)
+        return np.minimum(np.maximum(action, low), high).astype(space.dtype)
+
+    return TransformAction(env, to_bounds, spaces.Box(-1, 1, (center.size,)))
 
 
 def layer(inputs: int, outputs: int, batch_norm: bool) -> list[nn.Module]:
@@ -95,36 +123,31 @@ def layer(inputs: int, outputs: int, batch_norm: bool) -> list[nn.Module]:
     return [nn.Linear(inputs, outputs), *([nn.BatchNorm1d(outputs)] if batch_norm else []), nn.ReLU(inplace=True)]
 
 
-def last_layer(outputs: int, small: bool) -> nn.Linear:
+def last_layer(outputs: int) -> nn.Linear:
     """With small weights the first actions and values are near 0 (Lillicrap et al. 2016, section 7)."""
     linear = nn.Linear(HIDDEN, outputs)
-    if small:
-        nn.init.uniform_(linear.weight, -3e-3, 3e-3)
-        nn.init.uniform_(linear.bias, -3e-3, 3e-3)
+    nn.init.uniform_(linear.weight, -3e-3, 3e-3)
+    nn.init.uniform_(linear.bias, -3e-3, 3e-3)
     return linear
 
 
 class Actor(nn.Module):
     """The policy mu(s).
 
-    Box actions are the network's outputs by tanh; -1 and 1 stand for the bounds. Where actions are Discrete, mu(s)
-    is a one-hot sample of the outputs' softmax that passes a gradient on (Gumbel-Softmax, straight-through).
+    Box actions are the network's outputs by tanh. Where actions are Discrete, mu(s) is a one-hot sample of the outputs'
+    softmax that passes a gradient on (Gumbel-Softmax, straight-through).
     """
 
     def __init__(self, observation_size: int, action_space: spaces.Space, args: Args):
         super().__init__()
-        self.space, self.discrete = action_space, isinstance(action_space, spaces.Discrete)
-        self.action_size = int(action_space.n) if self.discrete else math.prod(action_space.shape)
-        self.temperature = args.gumbel_temperature
+        self.discrete, self.temperature = isinstance(action_space, spaces.Discrete), args.gumbel_temperature
+        self.action_size = int(action_space.n) if self.discrete else action_space.shape[0]
         self.net = nn.Sequential(
             *([nn.BatchNorm1d(observation_size)] if args.batch_norm else []),
             *layer(observation_size, HIDDEN, args.batch_norm),
             *layer(HIDDEN, HIDDEN, args.batch_norm),
-            last_layer(self.action_size, args.small_last_layer),
+            last_layer(self.action_size),
         )
-        if not self.discrete:
-            low, high = action_space.low.astype(np.float64), action_space.high.astype(np.float64)
-            self.center, self.scale = (low + high) / 2, (high - low) / 2
 
     def forward(self, observations: torch.Tensor, greedy: bool = False) -> torch.Tensor:
         """mu(s) for observations of shape (n, observation_size): shape (n, action_size).
@@ -142,7 +165,7 @@ class Actor(nn.Module):
         return F.gumbel_softmax(outputs, self.temperature, hard=True)
 
     @torch.inference_mode()
-    def act(self, observation: np.ndarray, greedy: bool = False) -> np.ndarray:
+    def act(self, observation: np.ndarray, greedy: bool = True) -> np.ndarray:
         """mu(s) for one observation."""
         return self(torch.from_numpy(observation[None]), greedy)[0].numpy()
 
@@ -152,34 +175,25 @@ class Actor(nn.Module):
             return np.eye(self.action_size)[rng.integers(self.action_size)]
         return rng.uniform(-1, 1, self.action_size)
 
-    def to_env(self, action: np.ndarray):
-        """The environment's action for one between -1 and 1, or for a one-hot vector."""
-        if self.discrete:
-            return self.space.start + action.argmax()
-        action = (self.center + self.scale * action.reshape(self.space.shape)).astype(self.space.dtype)
-        return np.minimum(np.maximum(action, self.space.low), self.space.high)
-
 
 class Critic(nn.Module):
     """Q(s, a), where a is an action as the actor gives it.
 
-    Box actions enter at the layer `action_layer`. Discrete ones are one-hot and pick an output: Q is linear in them, as
-    every function of one-hot vectors can be written. Its slope, which the actor climbs, is then what each action is
-    worth; that of a network which takes a in, and has seen one-hot vectors only, need not lead from one to another.
+    Box actions enter at the second layer (Lillicrap et al. 2016, section 7). Discrete ones are one-hot and pick an
+    output: Q is linear in them, as every function of one-hot vectors can be written. Its slope, which the actor climbs,
+    is then what each action is worth; that of a network which takes a in, and has seen one-hot vectors only, need not
+    lead from one to another.
     """
 
-    def __init__(self, observation_size: int, actor: Actor, args: Args):
+    def __init__(self, observation_size: int, action_space: spaces.Space, args: Args):
         super().__init__()
-        self.discrete, action_size, batch_norm = actor.discrete, actor.action_size, args.batch_norm
-        before, after = [nn.BatchNorm1d(observation_size)] if batch_norm else [], []
+        self.discrete, batch_norm = isinstance(action_space, spaces.Discrete), args.batch_norm
+        before = [nn.BatchNorm1d(observation_size)] if batch_norm else []
+        before += layer(observation_size, HIDDEN, batch_norm)
         if self.discrete:
-            before += [*layer(observation_size, HIDDEN, batch_norm), *layer(HIDDEN, HIDDEN, batch_norm)]
-        elif args.action_layer == 1:
-            after += [*layer(observation_size + action_size, HIDDEN, False), *layer(HIDDEN, HIDDEN, False)]
+            after = [*layer(HIDDEN, HIDDEN, batch_norm), last_layer(int(action_space.n))]
         else:
-            before += layer(observation_size, HIDDEN, batch_norm)
-            after += layer(HIDDEN + action_size, HIDDEN, False)
-        after.append(last_layer(action_size if self.discrete else 1, args.small_last_layer))
+            after = [*layer(HIDDEN + action_space.shape[0], HIDDEN, False), last_layer(1)]
         self.before, self.after = nn.Sequential(*before), nn.Sequential(*after)
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -192,66 +206,36 @@ class Critic(nn.Module):
 class DDPG(nn.Module):
     """mu, Q and their target networks mu' and Q', which without target networks are mu and Q themselves.
 
-    All are in evaluation mode but `by_minibatch`.
+    All are in evaluation mode, except for a network whose own gradient is taken: with batch normalisation, that one
+    normalises by the minibatch and renews its running statistics.
     """
 
     def __init__(self, observation_size: int, action_space: spaces.Space, args: Args):
         super().__init__()
         self.actor = Actor(observation_size, action_space, args)
-        self.critic = Critic(observation_size, self.actor, args)
+        self.critic = Critic(observation_size, action_space, args)
         self.target_actor = copy.deepcopy(self.actor) if args.target_network else self.actor
         self.target_critic = copy.deepcopy(self.critic) if args.target_network else self.critic
-        self.batch_norm = args.batch_norm
         self.eval()
-
-    @contextmanager
-    def by_minibatch(self, network: nn.Module) -> Iterator[None]:
-        """While a network's own gradient is taken, it normalises by the minibatch and renews the running statistics."""
-        if self.batch_norm:
-            network.train()
-        yield
-        if self.batch_norm:
-            network.eval()
-
-    @cached_property
-    def tensors(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """theta' and theta: the target networks' parameters and running statistics, and the networks'."""
-        targets, networks = (self.target_critic, self.target_actor), (self.critic, self.actor)
-        return tuple(
-            [tensor for network in these for tensor in network.state_dict().values() if tensor.is_floating_point()]
-            for these in (targets, networks)
-        )
 
 
 class ReplayBuffer:
     """R: a ring of transitions (s, a, r, s', terminated) of which the latest are kept.
 
     A transition takes 4 bytes for each of its 2 x observation_size + action_size + 2 numbers: 36 bytes on Pendulum-v1,
-    168 on HalfCheetah-v5. The action is the one that was executed, in units in which the bounds lie at -1 and 1.
-
-    The rows are a file that is mapped into memory, so that a resumed run finds all of them: if it began with an empty
-    memory, its networks would be fitted to its first few steps and forget the rest.
+    168 on HalfCheetah-v5. The action is the one that was executed, between -1 and 1 or one-hot.
 
     Args:
-        path: the file. It is made, or with `count` above 0 read and written on.
-        capacity: transitions that there is room for.
+        capacity: transitions that there is room for. The i-th, counted from 0, is in row i modulo the capacity.
         observation_size, action_size: numbers of an observation and of an action.
-        count: transitions so far. The i-th of a run, counted from 0, is in row i modulo the capacity.
-
-    Raises:
-        OSError, ValueError: the file is not there, is damaged or has another shape.
     """
 
-    def __init__(self, path: Path, capacity: int, observation_size: int, action_size: int, count: int = 0):
+    def __init__(self, capacity: int, observation_size: int, action_size: int):
         sizes = observation_size, action_size, 1, observation_size, 1
         s, a, r, s_next, end = np.cumsum((0, *sizes))[:-1]
         self.columns = slice(s, a), slice(a, r), r, slice(s_next, end), end
-        self.capacity, self.count, shape = capacity, count, (capacity, sum(sizes))
-        if not count:
-            rows = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-        elif (rows := np.lib.format.open_memmap(path, "r+")).shape != shape:
-            raise ValueError(f"{path} has the shape {rows.shape}, not {shape}")
-        self.rows = np.asarray(rows)  # the same memory without the slow indexing of np.memmap
+        self.capacity, self.count, self.saved = capacity, 0, 0
+        self.rows = np.zeros((capacity, sum(sizes)), np.float32)
 
     def add(self, observation, action, reward: float, next_observation, terminated: bool) -> None:
         """Store a transition in place of the oldest."""
@@ -263,6 +247,30 @@ class ReplayBuffer:
         """n random transitions: s, a, r, s' and terminated, of shapes (n, size), and (n,) for r and terminated."""
         rows = self.rows[rng.integers(min(self.count, self.capacity), size=n)]
         return [torch.from_numpy(rows[:, columns]) for columns in self.columns]
+
+    def create(self, path: Path) -> None:
+        """Write the whole file, with the room that is still empty: a disk that is too small shows at once."""
+        np.save(path.with_suffix(".tmp.npy"), self.rows)
+        os.replace(path.with_suffix(".tmp.npy"), path)
+        self.saved = self.count
+
+    def save(self, path: Path) -> None:
+        """Write the transitions since the last call into the file."""
+        new = np.arange(max(self.saved, self.count - self.capacity), self.count) % self.capacity
+        np.load(path, mmap_mode="r+")[new] = self.rows[new]
+        self.saved = self.count
+
+    def load(self, path: Path, count: int) -> None:
+        """Take over the file of a run with `count` transitions so far.
+
+        Raises:
+            OSError, ValueError: there is no file, it is damaged, or it does not fit.
+        """
+        rows = np.load(path, mmap_mode="r")
+        known = min(count, len(rows))
+        if rows.shape[1:] != self.rows.shape[1:] or known > self.capacity or (count > known and known < self.capacity):
+            raise ValueError(f"{path} has the shape {rows.shape}, not {self.rows.shape}")
+        self.rows[:known], self.count = rows[:known], count
 
 
 class GaussianNoise:
@@ -312,172 +320,178 @@ def critic_loss(model: DDPG, batch: list[torch.Tensor], gamma: float) -> tuple[t
     with torch.no_grad():
         next_values = model.target_critic(next_observations, model.target_actor(next_observations))
         y = td_target(rewards, next_values, terminated, gamma)
-    with model.by_minibatch(model.critic):
-        values = model.critic(observations, actions)
+    model.critic.train()
+    values = model.critic(observations, actions)
+    model.critic.eval()
     assert values.shape == y.shape, (values.shape, y.shape)
     return F.mse_loss(values, y), values.detach().mean()
 
 
-def actor_gradient(model: DDPG, observations: torch.Tensor, logit_penalty: float = 0.0) -> torch.Tensor:
-    """Add the gradient of -J to the actor's, where J is the mean of Q(s_i, mu(s_i)). Returns -J.
+def actor_loss(model: DDPG, observations: torch.Tensor, logit_penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """-J, where J is the mean of Q(s_i, mu(s_i)), and what else is to be minimised.
 
-    grad J = 1/N sum grad_a Q(s, a) at s = s_i, a = mu(s_i), times grad mu(s_i) (Lillicrap et al. 2016, equation 6).
-    A policy of Discrete actions that is certain neither explores nor passes a gradient on: their logits, squared,
-    are part of the loss.
+    By the chain rule, grad J = 1/N sum grad_a Q(s, a) at s = s_i, a = mu(s_i), times grad mu(s_i) (Lillicrap et al.
+    2016, equation 6). A policy of Discrete actions that is certain neither explores nor passes a gradient on: the mean
+    of their squared logits, weighted by `logit_penalty`, is to be minimised, too.
     """
-    with model.by_minibatch(model.actor):
-        outputs = model.actor.net(observations)
-    mu = model.actor.choose(outputs)
-    actions = mu.detach().requires_grad_()
-    loss = -model.critic(observations, actions).mean()
-    (grad_a,) = torch.autograd.grad(loss, actions)
-    if model.actor.discrete:
-        torch.autograd.backward([mu, logit_penalty * outputs.square().mean()], [grad_a, None])
-    else:
-        mu.backward(grad_a)
-    return loss.detach()
+    model.actor.train()
+    outputs = model.actor.net(observations)
+    model.actor.eval()
+    minus_J = -model.critic(observations, model.actor.choose(outputs)).mean()
+    return minus_J, (logit_penalty * outputs.square().mean() if model.actor.discrete else torch.zeros(()))
+
+
+@cache  # of the same networks it is asked at every step
+def float_tensors(network: nn.Module) -> list[torch.Tensor]:
+    """The network's parameters and running statistics, which stay where they are in memory."""
+    return [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
 
 
 @torch.no_grad()
-def soft_update(targets: list[torch.Tensor], networks: list[torch.Tensor], tau: float) -> None:
+def soft_update(target: nn.Module, network: nn.Module, tau: float) -> None:
     """theta' <- tau theta + (1 - tau) theta'; so do the running statistics of batch normalisation."""
-    torch._foreach_lerp_(targets, networks, tau)
+    torch._foreach_lerp_(float_tensors(target), float_tensors(network), tau)
 
 
 def update(model: DDPG, optimizers: dict, batch: list[torch.Tensor], args: Args) -> dict[str, torch.Tensor]:
-    """Learn from one minibatch: critic, actor, target networks. Returns metrics by name."""
+    """Learn from one minibatch: critic, actor, target networks. Returns metrics by name.
+
+    Raises:
+        FloatingPointError: the critic's loss is not finite; no parameter has changed.
+    """
     # Update critic by minimizing the loss
     loss, q_values = critic_loss(model, batch, args.gamma)
+    if not loss.isfinite():
+        raise FloatingPointError(f"the critic's loss is {loss.item()}: check the learning rates")
     optimizers["critic"].zero_grad()
     loss.backward()
     optimizers["critic"].step()
     # Update the actor policy using the sampled policy gradient
     optimizers["actor"].zero_grad()
-    actor_loss = actor_gradient(model, batch[0], args.logit_penalty)
+    minus_J, penalty = actor_loss(model, batch[0], args.logit_penalty)
+    (minus_J + penalty).backward(inputs=list(model.actor.parameters()))
     optimizers["actor"].step()
     # Update the target networks
     if args.target_network:
-        soft_update(*model.tensors, args.tau)
-    return {"critic_loss": loss.detach(), "actor_loss": actor_loss, "q_values": q_values}
+        soft_update(model.target_critic, model.critic, args.tau)
+        soft_update(model.target_actor, model.actor, args.tau)
+    return {"critic_loss": loss.detach(), "actor_loss": minus_J.detach(), "q_values": q_values}
 
 
-METRICS = {  # columns of metrics.csv, with their families in TensorBoard
-    "critic_loss": "losses",
-    "actor_loss": "losses",
-    "q_values": "losses",
-    "critic_grad_norm": "losses",
-    "actor_grad_norm": "losses",
-    "noise_std": "charts",
-    "learning_rate": "charts",
-}
-STEPS = 50  # of an iteration; metrics are those of its last update
+# Columns of metrics.csv, with their families in TensorBoard
+METRICS = dict.fromkeys(("critic_loss", "actor_loss", "q_values", "critic_grad_norm", "actor_grad_norm"), "losses")
+METRICS |= dict.fromkeys(("noise_std", "learning_rate"), "charts")
 
 
-def learn(model: DDPG, optimizers: dict, buffer: ReplayBuffer, args: Args, rng, seconds: Callable) -> Iterator[tuple]:
-    """Train. Yields T, the rows of the episodes that have ended and the metrics after each iteration.
-
-    Raises:
-        FloatingPointError: a loss or a gradient is not finite.
-    """
-    torch.set_num_threads(args.num_threads)
-    env, actor, T = make_env(args.env_id), model.actor, buffer.count
-    # Initialize a random process N for action exploration
-    noise = GaussianNoise(actor.action_size, rng)
-    if args.noise == "ou":
-        noise = OrnsteinUhlenbeckNoise(actor.action_size, rng, args.ou_theta)
-    final_std = args.noise_std if args.final_noise_std is None else args.final_noise_std
-    observation = np.asarray(env.reset(seed=int(rng.integers(2**31)))[0], np.float32)
-    episode_return, episode_length = 0.0, 0
-    while T < args.total_timesteps:
-        episodes, metrics = [], {}
-        for _ in range(min(STEPS, args.total_timesteps - T)):
-            # Select action a_t = mu(s_t) + N_t
-            std = args.noise_std + (final_std - args.noise_std) * T / args.total_timesteps
-            if T < args.learning_starts:
-                action = actor.random_action(rng)
-            elif actor.discrete:  # a sample of mu(s_t), which explores by itself
-                action = actor.act(observation)
-            else:
-                action = np.minimum(np.maximum(actor.act(observation) + noise.sample(std), -1), 1)
-            # Execute it, observe r_t and s_{t+1}
-            next_observation, reward, terminated, truncated, _ = env.step(actor.to_env(action))
-            next_observation = np.asarray(next_observation, np.float32)
-            T += 1
-            episode_return += float(reward)
-            episode_length += 1
-            # Store the transition in R
-            buffer.add(observation, action, reward, next_observation, terminated)
-            observation = next_observation
-            if terminated or truncated:
-                episodes.append((T, seconds(), 0, episode_return, episode_length))
-                observation = np.asarray(env.reset()[0], np.float32)
-                noise.reset()
-                episode_return, episode_length = 0.0, 0
-            # Sample a random minibatch from R
-            if T >= args.learning_starts:
-                metrics = update(model, optimizers, buffer.sample(args.batch_size, rng), args)
-        if metrics:
-            for name, network in (("critic", model.critic), ("actor", model.actor)):
-                metrics[f"{name}_grad_norm"] = get_total_norm([parameter.grad for parameter in network.parameters()])
-            metrics = {name: float(value) for name, value in metrics.items()}
-            if not all(map(math.isfinite, metrics.values())):
-                raise FloatingPointError(f"the losses are not finite at step {T:,}: {metrics}")
-            metrics |= {"noise_std": std, "learning_rate": args.learning_rate}
-        yield T, episodes, metrics
-    env.close()
+def check_space(args: Args, row_size: int) -> int:
+    """`fail` if the replay memory fits neither into memory nor onto the disk. Returns how many transitions it takes."""
+    capacity = min(args.buffer_size, args.total_timesteps)
+    folder = Path(args.resume or args.log_dir).absolute()
+    disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
+    free = min(psutil.virtual_memory().available, disk.free)
+    if capacity * row_size > free:
+        needed = f"--buffer-size {args.buffer_size:,} needs {capacity * row_size / 2**20:,.0f} MiB of memory and disk"
+        fail(f"{needed}, and {free / 2**20:,.0f} are free: give {free // row_size:,} at most")
+    return capacity
 
 
 def main(args: Args) -> int:
     """Train, go on training or only evaluate, as `args` says. Returns the exit code."""
     check_args(args)
-    if args.batch_size > args.buffer_size:
-        raise InputError(f"--batch-size must be at most --buffer-size, {args.buffer_size}, not {args.batch_size}")
-    if args.batch_norm and args.batch_size < 2:
-        raise InputError("--batch-norm needs a --batch-size of at least 2: one number has no variance")
-    checkpoint = read_checkpoint(args, SCRIPT)
-    observation_size, space = check_env(args, checkpoint)
-    is_box = isinstance(space, spaces.Box) and space.dtype.kind == "f" and space.is_bounded()
-    if not (isinstance(space, spaces.Discrete) or is_box):
-        actions = " ".join(str(space).split())
-        raise InputError(
-            f"{args.env_id} takes actions {actions}: ddpg.py needs a Box of real numbers with bounds, or Discrete ones"
-        )
-    (rng,) = seed_everything(args.seed, 1)
-    model, T, seconds, buffer = DDPG(observation_size, space, args), 0, 0.0, None
-    optimizers = {
-        "actor": torch.optim.Adam(model.actor.parameters(), args.actor_learning_rate, fused=True),
-        "critic": torch.optim.Adam(model.critic.parameters(), args.learning_rate, fused=True),
-    }
-    size_of_buffer = args.buffer_size, observation_size, model.actor.action_size
+    if args.tau == 0 or (args.batch_norm and args.batch_size == 1):
+        fail("--tau must be above 0, and --batch-norm needs a --batch-size of at least 2")
+    checkpoint = load_checkpoint(args, SCRIPT)
+    with failing(f"{args.env_id} cannot be used"):
+        eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
+    if args.capture_video:
+        check_film(eval_env)
+    T = checkpoint["step"] if checkpoint else 0
+    rng = seed_everything(args.seed, T)
+    torch.set_num_threads(args.num_threads)
+    observation_size = eval_env.observation_space.shape[0]
+    model = DDPG(observation_size, eval_env.action_space, args)
+    groups = {"actor": (model.actor, args.actor_learning_rate), "critic": (model.critic, args.learning_rate)}
+    optimizers = {name: torch.optim.Adam(net.parameters(), rate, fused=True) for name, (net, rate) in groups.items()}
     if checkpoint:
-        T, seconds = restore(checkpoint, model, optimizers, rng)
-
-    def greedy_policy(observation: np.ndarray):
-        return model.actor.to_env(model.actor.act(observation, greedy=True))
-
-    if args.evaluate:
-        print(f"{SCRIPT}: {evaluate(greedy_policy, args, Path(args.evaluate))[0]}; {args.evaluate}")
+        with failing(f"the checkpoint does not fit {args.env_id} as it is installed here"):
+            model.load_state_dict(checkpoint["model"])
+            for name, optimizer in optimizers.items():
+                groups = optimizer.state_dict()["param_groups"]  # with the learning rates that are asked for now
+                optimizer.load_state_dict(checkpoint["optimizers"][name] | {"param_groups": groups})
+    if args.evaluate is not None:
+        print(f"{SCRIPT}: {evaluate(model.actor.act, eval_env, args, Path(args.evaluate))[0]}; {args.evaluate}")
         return 0
     if T >= args.total_timesteps:
-        raise InputError(f"{args.resume} has done {T:,} steps already: give more with --total-timesteps")
-    check_memory("--buffer-size", args.buffer_size, 4 * (2 * observation_size + model.actor.action_size + 2))
+        fail(f"{args.resume} has done {T:,} steps already: give more with --total-timesteps")
+    capacity = check_space(args, 4 * (2 * observation_size + model.actor.action_size + 2))
+    buffer = ReplayBuffer(capacity, observation_size, model.actor.action_size)
     if checkpoint:
-        try:
-            buffer = ReplayBuffer(Path(args.resume) / "replay.npy", *size_of_buffer, T)
-        except (OSError, ValueError) as error:
-            raise InputError(f"--resume needs the replay memory as the run left it: {error}") from None
+        with failing("--resume needs the replay memory as the run left it"):
+            buffer.load(Path(args.resume) / "replay.npy", T)
 
-    run = Run(SCRIPT, args, METRICS, {}, T, seconds)
-    buffer = buffer or ReplayBuffer(run.folder / "replay.npy", *size_of_buffer)
-    memory = f"replay memory of {buffer.rows.nbytes / 2**20:,.1f} MiB"
-    print(f"{SCRIPT}: {args.env_id}, {memory}, {run.folder}", flush=True)
-    if model.actor.discrete:
-        print(f"{SCRIPT}: Discrete actions are samples by Gumbel-Softmax, which explore in place of the noise")
-    exit_code = train(run, learn(model, optimizers, buffer, args, rng, run.seconds), model, optimizers, rng)
-    if exit_code == 0:
-        run.finish(*evaluate(greedy_policy, args, run.folder))
-    return exit_code
+    run = Run(SCRIPT, args, METRICS, {}, checkpoint)
+    print(f"{SCRIPT}: {args.env_id}, replay memory {buffer.rows.nbytes / 2**20:,.1f} MiB, {run.folder}", flush=True)
+    updates = []  # the metrics of every 50th since the last row
+
+    def log_and_save() -> None:
+        if updates:
+            run.log_metrics(T, {name: float(np.mean([metrics[name] for metrics in updates])) for name in METRICS})
+            updates.clear()
+        buffer.save(run.folder / "replay.npy")
+        run.save(T, model=model.state_dict(), optimizers={name: each.state_dict() for name, each in optimizers.items()})
+
+    with run:
+        buffer.create(run.folder / "replay.npy")
+        env = make_env(args.env_id)
+        # Initialize a random process N for action exploration
+        noise = GaussianNoise(model.actor.action_size, rng)
+        if args.noise == "ou":
+            noise = OrnsteinUhlenbeckNoise(model.actor.action_size, rng, args.ou_theta)
+        final_std = args.noise_std if args.final_noise_std is None else args.final_noise_std
+        # Receive initial observation state s_1
+        observation = np.array(env.reset(seed=int(rng.integers(2**31)))[0], np.float32)
+        while T < args.total_timesteps and not run.stopped:
+            # Select action a_t = mu(s_t) + N_t; a sample of Discrete actions explores by itself
+            std = args.noise_std + (final_std - args.noise_std) * T / args.total_timesteps
+            if T < args.learning_starts:
+                action = model.actor.random_action(rng)
+            else:
+                action = model.actor.act(observation, greedy=False)
+                if not model.actor.discrete:
+                    action = np.minimum(np.maximum(action + noise.sample(std), -1), 1)
+            # Execute it, observe r_t and s_{t+1}
+            next_observation, reward, terminated, truncated, info = env.step(action)
+            next_observation = np.array(next_observation, np.float32)
+            if not (np.isfinite(next_observation).all() and abs(reward) < 3e38):  # what float32 can hold
+                raise FloatingPointError(f"the environment returned {next_observation} and {reward} at step {T + 1:,}")
+            T += 1
+            # Store the transition in R
+            buffer.add(observation, action, reward, next_observation, terminated)
+            observation = next_observation
+            if terminated or truncated:
+                run.log_episode(T, 0, info["episode"])
+                observation = np.array(env.reset()[0], np.float32)
+                noise.reset()
+            # Sample a random minibatch from R, and learn from it
+            if T >= args.learning_starts:
+                metrics = update(model, optimizers, buffer.sample(args.batch_size, rng), args)
+                if T % METRICS_EVERY == 0 or T % args.log_interval == 0:
+                    for name, network in (("critic", model.critic), ("actor", model.actor)):
+                        metrics[f"{name}_grad_norm"] = get_total_norm([each.grad for each in network.parameters()])
+                    updates.append(metrics | {"noise_std": std, "learning_rate": args.learning_rate})
+            if T % args.log_interval == 0:
+                log_and_save()
+            if T % METRICS_EVERY == 0:
+                run.progress(T)
+        env.close()
+    with run:
+        log_and_save()
+    run.close(T)
+    if run.exit_code == 0:
+        with run:
+            run.finish(*evaluate(model.actor.act, eval_env, args, run.folder))
+    return run.exit_code
 
 
 if __name__ == "__main__":
-    command_line(main, Args)
+    sys.exit(main(parse_args(Args, SCRIPT)))

@@ -2,75 +2,74 @@
 Generalized Advantage Estimation).
 
 Batches of steps from several environments, advantages by GAE(gamma, lambda), and the paper's update of the policy,
-inside of a trust region. To begin with: python gae.py
+inside a trust region. To begin with: python gae.py
 """
 
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
 from gymnasium import spaces
-from gymnasium.wrappers.utils import update_mean_var_count_from_moments
+from gymnasium.wrappers import FlattenObservation, RecordEpisodeStatistics, TransformAction
+from gymnasium.wrappers.utils import update_mean_var_count_from_moments as update_moments
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from common.evaluation import evaluate
-from common.inputs import InputError, check_args, check_env, command_line, make_env, read_checkpoint
-from common.iterations import restore, train
-from common.run import Run
-from common.seeding import seed_everything
+from common.arguments import fail, failing, load_checkpoint, parse_args
+from common.evaluation import check_film, evaluate
+from common.ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_args
+from common.run import Run, seed_everything
 
 SCRIPT = Path(__file__).stem
+CG_ITERATIONS = 10  # of conjugate gradients
+FISHER_SHARE = 4  # one step in so many, drawn at random, makes up the Fisher matrix
+LINE_SEARCH_STEPS = 10  # step lengths that are tried, each half of the one before
 
 
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"
     """environment: any id that gymnasium.make takes, `module:Env-v0` included"""
-    seed: int = 1
+    seed: NonNegativeInt = 1
     """seed of everything random: the same seed gives the same run"""
-    total_timesteps: int = 150_000
-    """environment steps in all"""
-    num_envs: int = 8
+    total_timesteps: PositiveInt = 150_000
+    """environment steps in all; the last batch may exceed it by less than --num-envs"""
+    num_envs: PositiveInt = 8
     """environments, stepped in turn"""
-    batch_size: int = 2_000
-    """steps between two updates, of all environments together; rounded down to a multiple of --num-envs"""
-    gamma: float = 0.99
+    batch_size: PositiveInt = 2_000
+    """steps between two updates, of all environments together; less by as much as makes the batches equally long"""
+    gamma: Fraction = 0.99
     """discount factor"""
-    gae_lambda: float = 0.95
+    gae_lambda: Fraction = 0.95
     """lambda: 0 has the least variance and the most bias, 1 no bias and the most variance"""
     trust_region: bool = True
-    """update the policy inside of a trust region; without: one step of Adam on the same loss"""
-    max_kl: float = 0.02
+    """update the policy inside a trust region; without: one step of Adam on the same loss"""
+    max_kl: PositiveFloat = 0.02
     """epsilon: mean KL divergence from the old policy that an update may reach"""
-    cg_iterations: int = 10
-    """iterations of conjugate gradients"""
-    cg_damping: float = 0.1
+    cg_damping: NonNegativeFloat = 0.1
     """added to the diagonal of the Fisher matrix"""
-    fisher_stride: int = 4
-    """the Fisher matrix is taken over every so many-th step of the batch; the line search looks at all of them"""
-    line_search_steps: int = 10
-    """step lengths that are tried, each half of the one before"""
-    learning_rate: float = 3e-3
-    """Adam's, of the value function, and of the policy without a trust region"""
-    vf_epochs: int = 5
+    learning_rate: PositiveFloat = 3e-3
+    """Adam's learning rate for the value function and, without a trust region, for the policy"""
+    vf_epochs: PositiveInt = 5
     """passes over the batch in which the value function is fitted"""
-    minibatch_size: int = 250
-    """steps in each of its minibatches"""
+    minibatch_size: PositiveInt = 250
+    """steps in each minibatch of these passes"""
     norm_obs: bool = True
     """subtract the running mean from the observations and divide by the running standard deviation"""
     norm_returns: bool = True
-    """do the same to the returns that the value function is fitted to"""
-    log_interval: int = 5_000
-    """steps between two rows of metrics.csv; the checkpoint is renewed as often"""
+    """normalise the returns that the value function learns by their running mean and standard deviation"""
+    log_interval: PositiveInt = 5_000
+    """steps between two rows of metrics.csv, and between two checkpoints"""
     log_dir: str = "runs"
     """where run folders go"""
-    eval_episodes: int = 20
+    eval_episodes: NonNegativeInt = 20
     """greedy episodes after training, on a fresh environment; 0: none"""
     capture_video: bool = False
     """film the greedy policy of the evaluation into the run's videos/"""
@@ -78,6 +77,38 @@ class Args:
     """a run's folder: do not train, evaluate its checkpoint"""
     resume: str | None = None
     """a run's folder: go on from its checkpoint, with its arguments, to --total-timesteps"""
+
+
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+    """The environment, with flat observations and with actions as the network gives them.
+
+    A Box of actions becomes flat, too; -1 and 1 stand for its bounds, and what lies outside of these is clipped.
+    Discrete actions count from 0.
+
+    Raises:
+        ValueError: the script cannot play it.
+    """
+    env = gym.make(env_id, disable_env_checker=True, **({"render_mode": render_mode} if render_mode else {}))
+    env = RecordEpisodeStatistics(env)
+    space = env.observation_space
+    if not isinstance(space, spaces.Box) or len(space.shape) != 1:
+        if not space.is_np_flattenable or space.dtype == np.uint8:
+            raise ValueError(f"its observations do not flatten to a vector: {space}")
+        env = FlattenObservation(env)
+    space = env.action_space
+    if isinstance(space, spaces.Discrete):
+        return env if space.start == 0 else TransformAction(env, lambda a: space.start + a, spaces.Discrete(space.n))
+    if not isinstance(space, spaces.Box) or space.dtype.kind != "f":
+        raise ValueError(f"gae.py needs Discrete actions or a Box of real numbers, not {space}")
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    scale = np.where((low > -1e9) & (high < 1e9), (high - low) / 2, 1)  # beyond that, no bound is meant
+    center = np.where((low > -1e9) & (high < 1e9), low + scale, np.clip(0, low, high))
+
+    def to_bounds(action: np.ndarray) -> np.ndarray:
+        action = center + scale * action.reshape(space.shape)
+        return np.minimum(np.maximum(action, low), high).astype(space.dtype)
+
+    return TransformAction(env, to_bounds, spaces.Box(-np.inf, np.inf, (center.size,)))
 
 
 def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
@@ -90,20 +121,21 @@ def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
 
 
 class RunningStatistics(nn.Module):
-    """Running mean and standard deviation, at least 1e-4, of vectors of `size` numbers."""
+    """Running mean and standard deviation of vectors of `size` numbers; a number that does not vary has deviation 1."""
 
     def __init__(self, size: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("var", torch.zeros(size))
         self.register_buffer("std", torch.ones(size))
-        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
+        self.register_buffer("count", torch.tensor(0.0, dtype=torch.float64))
 
     def update(self, data: np.ndarray, memory: float = math.inf) -> None:
         """Take in `data`, shape (n, size). What came before weighs as much as `memory` vectors at most."""
-        moments = data.mean(0, np.float64), data.var(0, np.float64), len(data)
-        running = self.mean.double().numpy(), self.std.double().numpy() ** 2, min(self.count.item(), memory)
-        mean, var, count = update_mean_var_count_from_moments(*running, *moments)
-        for buffer, value in ((self.mean, mean), (self.std, np.maximum(np.sqrt(var), 1e-4)), (self.count, count)):
+        running = self.mean.double().numpy(), self.var.double().numpy(), min(self.count.item(), memory)
+        mean, var, count = update_moments(*running, data.mean(0, np.float64), data.var(0, np.float64), len(data))
+        std = np.where(var > 1e-8, np.sqrt(var), 1.0)
+        for buffer, value in ((self.mean, mean), (self.var, var), (self.std, std), (self.count, count)):
             buffer.copy_(torch.as_tensor(value))
 
 
@@ -111,87 +143,78 @@ class ActorCritic(nn.Module):
     """The policy pi(a|s; theta) and the value function V(s).
 
     A Discrete policy is a softmax. A Box policy is a Gaussian whose mean is the network's output and whose standard
-    deviation is a parameter by itself, in units in which the bounds lie at -1 and 1; draws are clipped to the bounds.
+    deviation is a parameter by itself.
 
-    The attribute `theta` is one vector of which every parameter of the policy is a view: to write to it is to change
-    the policy. Observations, and the returns that the critic is fitted to, are normalised by running statistics.
+    The attribute `theta` is one vector of which every parameter of the policy is a view: who writes to it changes the
+    policy. The networks see observations, and the critic returns, normalised by running statistics. When these change,
+    a layer makes up for it, so that only `update_policy` changes the policy and only `fit_value_function` changes V.
+    That is what PopArt does for returns (van Hasselt et al. 2016, Learning Values across Many Orders of Magnitude).
     """
 
     def __init__(self, observation_size: int, action_space: spaces.Space):
         super().__init__()
-        self.space, self.discrete = action_space, isinstance(action_space, spaces.Discrete)
-        outputs = int(action_space.n) if self.discrete else math.prod(action_space.shape)
+        self.discrete = isinstance(action_space, spaces.Discrete)
+        outputs = int(action_space.n) if self.discrete else action_space.shape[0]
         self.actor, self.critic = mlp(observation_size, outputs, gain=0.01), mlp(observation_size, 1, gain=1.0)
         self.log_std = None if self.discrete else nn.Parameter(torch.zeros(outputs))
         self.observations, self.returns = RunningStatistics(observation_size), RunningStatistics(1)
         self.theta = parameters_to_vector(self.policy_parameters()).detach()
         vector_to_parameters(self.theta, self.policy_parameters())
         # The actor again, as numpy views of the same memory: for a few observations it takes a third of torch's time.
-        linear = [layer for layer in self.actor if isinstance(layer, nn.Linear)]
-        self.layers = [(layer.weight.detach().numpy().T, layer.bias.detach().numpy()) for layer in linear]
-        if not self.discrete:
-            low, high = action_space.low.astype(np.float64), action_space.high.astype(np.float64)
-            has_low, has_high = np.abs(low) < 1e9, np.abs(high) < 1e9  # beyond that, no bound is meant
-            low = np.where(has_low, low, np.where(has_high, high - 2, -1))
-            high = np.where(has_high, high, low + 2)
-            self.center, self.scale = (low + high) / 2, (high - low) / 2
-
-    def normalize(self, observations: np.ndarray) -> np.ndarray:
-        """Observations, shape (..., observation_size), in standard deviations from the running mean; at most 10."""
-        if self.observations.count.item() < 1:
-            return observations
-        normalized = (observations - self.observations.mean.numpy()) / self.observations.std.numpy()
-        return np.minimum(np.maximum(normalized, -10), 10)
-
-    def value(self, observations: torch.Tensor) -> torch.Tensor:
-        """V(s) for normalised observations, shape (..., observation_size), without the last dimension."""
-        return self.returns.mean + self.returns.std * self.critic(observations).squeeze(-1)
-
-    def normalize_returns(self, returns: np.ndarray) -> None:
-        """Renew the statistics of returns, shape (n,); the last layer makes up for it, so that V stays the same.
-
-        That is PopArt of van Hasselt et al. 2016, Learning Values across Many Orders of Magnitude. The latest batch
-        makes up a tenth of the statistics or more, because returns grow while the policy learns.
-        """
-        mean, std, last = self.returns.mean.clone(), self.returns.std.clone(), self.critic[-1]
-        self.returns.update(returns[:, None], memory=9 * len(returns))
-        with torch.no_grad():
-            last.weight.mul_(std / self.returns.std)
-            last.bias.copy_((mean + std * last.bias - self.returns.mean) / self.returns.std)
+        self.layers = [(layer.weight.detach().numpy().T, layer.bias.detach().numpy()) for layer in self.actor[::2]]
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """The parameters that theta consists of."""
         return [*self.actor.parameters(), *([] if self.discrete else [self.log_std])]
 
-    def policy(self, observations: torch.Tensor) -> torch.distributions.Distribution:
-        """pi(.|s; theta) of n observations, shape (n, observation_size)."""
-        outputs = self.actor(observations)
+    def normalize(self, observations: np.ndarray) -> np.ndarray:
+        """Observations, shape (..., observation_size), in standard deviations from the running mean."""
+        return (observations - self.observations.mean.numpy()) / self.observations.std.numpy()
+
+    @torch.no_grad()
+    def update_observation_statistics(self, observations: np.ndarray) -> None:
+        """Take in observations, shape (n, observation_size). The first layers make up for it."""
+        mean, std = self.observations.mean.clone(), self.observations.std.clone()
+        self.observations.update(observations)
+        for layer in (self.actor[0], self.critic[0]):
+            layer.bias += layer.weight @ ((self.observations.mean - mean) / std)
+            layer.weight *= self.observations.std / std
+
+    @torch.no_grad()
+    def update_return_statistics(self, returns: np.ndarray) -> None:
+        """Take in returns, shape (n,). The last layer makes up for it.
+
+        The latest batch makes up a tenth of the statistics or more, because returns grow while the policy learns.
+        """
+        mean, std, last = self.returns.mean.clone(), self.returns.std.clone(), self.critic[-1]
+        self.returns.update(returns[:, None], memory=9 * len(returns))
+        last.weight *= std / self.returns.std
+        last.bias.copy_((mean + std * last.bias - self.returns.mean) / self.returns.std)
+
+    def value(self, inputs: torch.Tensor) -> torch.Tensor:
+        """V(s) for normalised observations, shape (..., observation_size), without the last dimension."""
+        return self.returns.mean + self.returns.std * self.critic(inputs).squeeze(-1)
+
+    def policy(self, inputs: torch.Tensor) -> torch.distributions.Distribution:
+        """pi(.|s; theta) for n normalised observations, shape (n, observation_size)."""
+        outputs = self.actor(inputs)
         if self.discrete:
-            return Categorical(logits=outputs, validate_args=False)  # what is not finite is found out by `learn`
+            return Categorical(logits=outputs, validate_args=False)  # main finds out what is not finite
         return Independent(Normal(outputs, self.log_std.exp(), validate_args=False), 1, validate_args=False)
 
     def act(self, observations: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-        """Draw a ~ pi(a|s; theta) for n observations, shape (n, observation_size); without `rng` take the likeliest.
+        """Draw a ~ pi(a|s; theta) for observations, shape (..., observation_size); without `rng` take the likeliest.
 
-        Returns actions as `policy` takes them: indices, shape (n,), or the Gaussian's draws, shape (n, action_size).
+        Returns actions as `policy` takes them: indices, shape (...), or the Gaussian's draws, shape (..., action_size).
         """
-        x = observations
+        x = self.normalize(observations)
         for weight, bias in self.layers[:-1]:
             x = np.tanh(x @ weight + bias)
         weight, bias = self.layers[-1]
         x = x @ weight + bias
         if self.discrete:  # argmax of the logits plus Gumbel noise (minus the log of an exponential variable): a draw
             return (x if rng is None else x - np.log(rng.standard_exponential(x.shape))).argmax(-1)
-        if rng is None:
-            return x
-        return x + np.exp(self.log_std.detach().numpy()) * rng.standard_normal(x.shape, np.float32)
-
-    def to_env(self, action):
-        """The environment's action for one that `act` returned."""
-        if self.discrete:
-            return self.space.start + action
-        action = (self.center + self.scale * action.reshape(self.space.shape)).astype(self.space.dtype)
-        return np.minimum(np.maximum(action, self.space.low), self.space.high)
+        return x if rng is None else x + self.log_std.exp().detach().numpy() * rng.standard_normal(x.shape, np.float32)
 
 
 def compute_gae(rewards, values, next_values, terminated, truncated, gamma: float, gae_lambda: float) -> np.ndarray:
@@ -255,8 +278,8 @@ def conjugate_gradients(product: Callable, b: torch.Tensor, iterations: int, tol
     return x
 
 
-def update_policy(model: ActorCritic, optimizer, observations, actions, advantages, args: Args) -> dict[str, float]:
-    """One update of the policy, by natural gradient inside of a trust region, or by one plain step of `optimizer`.
+def update_policy(model: ActorCritic, optimizer, inputs, actions, advantages, args: Args, rng) -> dict[str, float]:
+    """One update of the policy, by natural gradient inside a trust region, or by one plain step of `optimizer`.
 
     Both ascend L(theta), the mean of A pi(a|s; theta) / pi(a|s; theta_old), whose gradient at theta_old is the
     lecture's policy gradient: the mean of A grad log pi(a|s; theta). The trust region solves
@@ -267,20 +290,21 @@ def update_policy(model: ActorCritic, optimizer, observations, actions, advantag
     (Schulman et al. 2015, Trust Region Policy Optimization, appendix C). If there is none, the policy stays.
 
     Args:
-        observations, actions: shapes (n, observation_size) and (n,) or (n, action_size).
+        inputs, actions: shapes (n, observation_size), normalised, and (n,) or (n, action_size).
         advantages: A, shape (n,).
-        args: trust_region, max_kl, cg_iterations, cg_damping, fisher_stride, line_search_steps.
+        args: trust_region, max_kl, cg_damping.
+        rng: draws the steps for the Fisher matrix.
 
     Returns:
         Metrics by name.
     """
     parameters = model.policy_parameters()
     with torch.no_grad():
-        old_policy = model.policy(observations)
+        old_policy = model.policy(inputs)
         old_log_prob = old_policy.log_prob(actions)
 
     def objective_and_kl() -> tuple[torch.Tensor, torch.Tensor]:
-        policy = model.policy(observations)
+        policy = model.policy(inputs)
         log_prob = policy.log_prob(actions)
         assert log_prob.shape == old_log_prob.shape == advantages.shape, (log_prob.shape, advantages.shape)
         L = ((log_prob - old_log_prob).exp() * advantages).mean()
@@ -294,15 +318,15 @@ def update_policy(model: ActorCritic, optimizer, observations, actions, advantag
         (-L).backward()
         optimizer.step()
     elif g.any():
-        some = observations[:: args.fisher_stride]
+        some = inputs[rng.permutation(len(inputs))[: math.ceil(len(inputs) / FISHER_SHARE)]]
         with torch.no_grad():
             some_old_policy = model.policy(some)
         kl = kl_divergence(some_old_policy, model.policy(some)).mean()
         product = fisher_vector_product(kl, parameters, args.cg_damping)
-        y = conjugate_gradients(product, g, args.cg_iterations)
+        y = conjugate_gradients(product, g, CG_ITERATIONS)
         step = torch.sqrt(2 * args.max_kl / (y @ product(y))) * y
         theta_old = model.theta.clone()
-        for i in range(args.line_search_steps):
+        for i in range(LINE_SEARCH_STEPS):
             model.theta.copy_(theta_old + 0.5**i * step)
             with torch.no_grad():
                 new_L, new_kl = objective_and_kl()
@@ -312,21 +336,18 @@ def update_policy(model: ActorCritic, optimizer, observations, actions, advantag
         else:
             model.theta.copy_(theta_old)
             metrics["rejected"] = 1.0
-    with torch.no_grad():
-        new_L, new_kl = objective_and_kl()
-    entropy = old_policy.entropy().mean().item()
-    return metrics | {"policy_loss": -new_L.item(), "kl": new_kl.item(), "entropy": entropy}
+    new_L, new_kl = objective_and_kl()
+    return metrics | {"policy_loss": -new_L.item(), "kl": new_kl.item(), "entropy": old_policy.entropy().mean().item()}
 
 
-def fit_value_function(model: ActorCritic, optimizer, observations, returns, args: Args, rng) -> float:
+def fit_value_function(model: ActorCritic, optimizer, inputs, returns, args: Args, rng) -> float:
     """Regress V(s) on `returns`, shape (n,), in minibatches. Returns the mean squared error."""
     if args.norm_returns:
-        model.normalize_returns(returns.numpy())
+        model.update_return_statistics(returns.numpy())
     targets, losses = (returns - model.returns.mean) / model.returns.std, []
     for _ in range(args.vf_epochs):
         for indices in np.array_split(rng.permutation(len(returns)), max(1, len(returns) // args.minibatch_size)):
-            values = model.critic(observations[indices]).squeeze(-1)
-            loss = F.mse_loss(values, targets[indices])
+            loss = F.mse_loss(model.critic(inputs[indices]).squeeze(-1), targets[indices])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -334,109 +355,129 @@ def fit_value_function(model: ActorCritic, optimizer, observations, returns, arg
     return float(np.mean(losses)) * model.returns.std.item() ** 2
 
 
-METRICS = {  # columns of metrics.csv, with their families in TensorBoard
-    "policy_loss": "losses",
-    "value_loss": "losses",
-    "entropy": "losses",
-    "kl": "losses",
-    "line_search_steps": "losses",
-    "rejected": "losses",
-    "explained_variance": "losses",
-    "advantage_mean": "losses",
-    "advantage_std": "losses",
-    "grad_norm": "losses",
-    "learning_rate": "charts",
-}
+# Columns of metrics.csv, with their families in TensorBoard
+METRICS = dict.fromkeys(("policy_loss", "value_loss", "entropy", "kl", "line_search_steps", "rejected"), "losses")
+METRICS |= dict.fromkeys(("explained_variance", "advantage_mean", "advantage_std", "grad_norm"), "losses")
+METRICS["learning_rate"] = "charts"
 
 
-def learn(model: ActorCritic, optimizers: dict, args: Args, T: int, rng, seconds: Callable) -> Iterator[tuple]:
-    """Train from step T on. Yields T, the rows of the episodes that have ended and the metrics after each batch.
+def collect(model: ActorCritic, envs: list[gym.Env], current: np.ndarray, steps: int, T: int, run: Run, rng) -> tuple:
+    """Take `steps` steps in each environment, in turn, fewer if the run is stopped; T steps have been taken before.
 
-    Raises:
-        FloatingPointError: the advantages are not finite.
+    `current`, shape (environments, observation_size), holds the environments' observations before and after.
+
+    Returns:
+        s_t, a_t, r_t, s_{t+1} before any reset, and whether s_{t+1} is terminal and whether it was cut off there;
+        shapes (steps, environments) and for observations and Box actions one dimension more.
     """
-    torch.set_num_threads(1)
-    envs, steps = [make_env(args.env_id) for _ in range(args.num_envs)], args.batch_size // args.num_envs
-    shape, observation_shape = (steps, args.num_envs), envs[0].observation_space.shape
-    observations, next_observations = np.empty((2, *shape, *observation_shape), np.float32)
-    rewards, (terminated, truncated) = np.empty(shape), np.empty((2, *shape), bool)
-    current = np.stack([env.reset(seed=int(rng.integers(2**31)))[0] for env in envs]).astype(np.float32)
-    episode_returns, episode_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
-    while T < args.total_timesteps:
-        actions, episodes = [], []
-        for t in range(steps):
-            observations[t] = current
-            actions.append(model.act(model.normalize(current), rng))
-            for i, env in enumerate(envs):
-                action = model.to_env(actions[t][i])
-                current[i], rewards[t, i], terminated[t, i], truncated[t, i], _ = env.step(action)
-                next_observations[t, i] = current[i]
-                T += 1
-                episode_returns[i] += rewards[t, i]
-                episode_lengths[i] += 1
-                if terminated[t, i] or truncated[t, i]:
-                    episodes.append((T, seconds(), i, episode_returns[i], episode_lengths[i]))
-                    current[i], _ = env.reset()
-                    episode_returns[i], episode_lengths[i] = 0.0, 0
-
-        inputs = torch.from_numpy(model.normalize(observations))
-        with torch.no_grad():
-            values = model.value(inputs).numpy()
-            next_values = model.value(torch.from_numpy(model.normalize(next_observations))).numpy()
-        advantages = compute_gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
-        returns, mean, std = advantages + values, advantages.mean(), advantages.std()
-        if not math.isfinite(std):
-            raise FloatingPointError(f"the advantages are {mean} at step {T:,}; so is what the environment returned")
-        inputs, actions = inputs.flatten(0, 1), torch.from_numpy(np.concatenate(actions))
-        normalized, targets = (
-            torch.tensor(x.flatten(), dtype=torch.float32) for x in ((advantages - mean) / (std + 1e-8), returns)
-        )
-        metrics = update_policy(model, optimizers["actor"], inputs, actions, normalized, args)
-        metrics["value_loss"] = fit_value_function(model, optimizers["critic"], inputs, targets, args, rng)
-        if args.norm_obs:
-            model.observations.update(observations.reshape(-1, *observation_shape))
-        metrics["explained_variance"] = 1 - (returns - values).var() / max(returns.var(), 1e-12)
-        metrics |= {"advantage_mean": mean, "advantage_std": std, "learning_rate": args.learning_rate}
-        yield T, episodes, metrics
-    for env in envs:
-        env.close()
+    observations, next_observations = np.empty((2, steps, *current.shape), np.float32)
+    rewards = np.zeros((steps, len(envs)))
+    terminated, truncated = np.zeros((2, steps, len(envs)), bool)
+    actions = []
+    for t in range(steps):
+        observations[t] = current
+        actions.append(model.act(current, rng))
+        for i, env in enumerate(envs):
+            current[i], rewards[t, i], terminated[t, i], truncated[t, i], info = env.step(actions[t][i])
+            next_observations[t, i] = current[i]
+            T += 1
+            if terminated[t, i] or truncated[t, i]:
+                run.log_episode(T, i, info["episode"])
+                current[i], _ = env.reset()
+        if run.stopped:
+            break
+    return observations, np.stack(actions), rewards, next_observations, terminated, truncated
 
 
 def main(args: Args) -> int:
     """Train, go on training or only evaluate, as `args` says. Returns the exit code."""
     check_args(args)
-    if args.batch_size < args.num_envs:
-        raise InputError(f"--batch-size must be at least --num-envs, {args.num_envs}, not {args.batch_size}")
-    checkpoint = read_checkpoint(args, SCRIPT)
-    observation_size, space = check_env(args, checkpoint)
-    if not (isinstance(space, spaces.Discrete) or (isinstance(space, spaces.Box) and space.dtype.kind == "f")):
-        actions = " ".join(str(space).split())
-        raise InputError(f"{args.env_id} takes actions {actions}: gae.py needs Discrete ones or a Box of real numbers")
-    (rng,) = seed_everything(args.seed, 1)
-    model, T, seconds = ActorCritic(observation_size, space), 0, 0.0
-    optimizers = {
-        "actor": torch.optim.Adam(model.policy_parameters(), args.learning_rate, fused=True),
-        "critic": torch.optim.Adam(model.critic.parameters(), args.learning_rate, fused=True),
-    }
+    checkpoint = load_checkpoint(args, SCRIPT)
+    with failing(f"{args.env_id} cannot be used"):
+        eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
+    if args.capture_video:
+        check_film(eval_env)
+    T = checkpoint["step"] if checkpoint else 0
+    rng = seed_everything(args.seed, T)
+    torch.set_num_threads(1)
+    model = ActorCritic(eval_env.observation_space.shape[0], eval_env.action_space)
+    groups = {"actor": model.policy_parameters(), "critic": model.critic.parameters()}
+    optimizers = {name: torch.optim.Adam(group, args.learning_rate, fused=True) for name, group in groups.items()}
     if checkpoint:
-        T, seconds = restore(checkpoint, model, optimizers, rng)
-
-    def greedy_policy(observation: np.ndarray):
-        return model.to_env(model.act(model.normalize(observation[None]))[0])
-
-    if args.evaluate:
-        print(f"{SCRIPT}: {evaluate(greedy_policy, args, Path(args.evaluate))[0]}; {args.evaluate}")
+        with failing(f"the checkpoint does not fit {args.env_id} as it is installed here"):
+            model.load_state_dict(checkpoint["model"])
+            for name, optimizer in optimizers.items():
+                groups = optimizer.state_dict()["param_groups"]  # with the learning rates that are asked for now
+                optimizer.load_state_dict(checkpoint["optimizers"][name] | {"param_groups": groups})
+    if args.evaluate is not None:
+        print(f"{SCRIPT}: {evaluate(model.act, eval_env, args, Path(args.evaluate))[0]}; {args.evaluate}")
         return 0
     if T >= args.total_timesteps:
-        raise InputError(f"{args.resume} has done {T:,} steps already: give more with --total-timesteps")
+        fail(f"{args.resume} has done {T:,} steps already: give more with --total-timesteps")
 
-    run = Run(SCRIPT, args, METRICS, {}, T, seconds)
+    run = Run(SCRIPT, args, METRICS, {}, checkpoint)
     print(f"{SCRIPT}: {args.env_id}, {args.num_envs} environments, {run.folder}", flush=True)
-    exit_code = train(run, learn(model, optimizers, args, T, rng, run.seconds), model, optimizers, rng)
-    if exit_code == 0:
-        run.finish(*evaluate(greedy_policy, args, run.folder))
-    return exit_code
+    next_log = T // args.log_interval + 1
+    updates = []  # their metrics since the last row
+
+    def log_and_save() -> None:
+        if updates:
+            run.log_metrics(T, {name: float(np.mean([metrics[name] for metrics in updates])) for name in METRICS})
+            updates.clear()
+        run.save(T, model=model.state_dict(), optimizers={name: each.state_dict() for name, each in optimizers.items()})
+
+    with run:
+        envs = [make_env(args.env_id) for _ in range(args.num_envs)]
+        current = np.stack([env.reset(seed=int(rng.integers(2**31)))[0] for env in envs]).astype(np.float32)
+        while T < args.total_timesteps:
+            left = args.total_timesteps - T
+            is_first = args.norm_obs and model.observations.count == 0
+            # The first hundredth of the steps, which are still random, gives the first statistics of observations. The
+            # others are divided evenly over the batches.
+            steps = math.ceil((left / 100 if is_first else left / math.ceil(left / args.batch_size)) / args.num_envs)
+            batch = collect(model, envs, current, steps, T, run, rng)
+            if run.stopped:  # a batch that is not whole counts as not begun
+                break
+            T += steps * args.num_envs
+            observations, actions, rewards, next_observations, terminated, truncated = batch
+            if is_first:
+                model.observations.update(observations.reshape(-1, observations.shape[-1]))
+                continue
+
+            inputs = torch.from_numpy(model.normalize(observations))
+            with torch.no_grad():
+                values = model.value(inputs).numpy()
+                next_values = model.value(torch.from_numpy(model.normalize(next_observations))).numpy()
+            data = rewards, values, next_values, terminated, truncated, args.gamma
+            advantages = compute_gae(*data, args.gae_lambda)
+            returns = compute_gae(*data, gae_lambda=1.0) + values  # discounted rewards, V only beyond their end
+            mean, std = advantages.mean(), advantages.std()
+            if not math.isfinite(std):
+                raise FloatingPointError(f"the advantages are {mean} at step {T:,}: what does the environment return?")
+            normalized = torch.tensor((advantages - mean) / (std + 1e-8), dtype=torch.float32).flatten()
+            targets = torch.tensor(advantages + values, dtype=torch.float32).flatten()
+            inputs, actions = inputs.flatten(0, 1), torch.from_numpy(actions).flatten(0, 1)
+            metrics = update_policy(model, optimizers["actor"], inputs, actions, normalized, args, rng)
+            metrics["value_loss"] = fit_value_function(model, optimizers["critic"], inputs, targets, args, rng)
+            metrics["explained_variance"] = 1 - (returns - values).var() / max(returns.var(), 1e-12)
+            metrics |= {"advantage_mean": mean, "advantage_std": std, "learning_rate": args.learning_rate}
+            updates.append(metrics)
+            if args.norm_obs:
+                model.update_observation_statistics(observations.reshape(-1, observations.shape[-1]))
+            if T >= next_log * args.log_interval:
+                log_and_save()
+                next_log = T // args.log_interval + 1
+            run.progress(T)
+        for env in envs:
+            env.close()
+    with run:
+        log_and_save()
+    run.close(T)
+    if run.exit_code == 0:
+        with run:
+            run.finish(*evaluate(model.act, eval_env, args, run.folder))
+    return run.exit_code
 
 
 if __name__ == "__main__":
-    command_line(main, Args)
+    sys.exit(main(parse_args(Args, SCRIPT)))

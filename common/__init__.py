@@ -1,1 +1,1 @@
-"""What the scripts share: seeding, logging and the plumbing around a run. Nothing of an algorithm lives here."""
+"""What the scripts share: the command line, seeding, logging and evaluation. Nothing here knows an algorithm."""

@@ -7,47 +7,46 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 
-from common.inputs import make_env
-
-FILMED_EPISODES = 3
-LONGEST_EPISODE = 10_000  # steps, where the environment sets no limit itself: a greedy policy may walk in circles
+from common.arguments import failing
 
 
-def evaluate(policy: Callable, args, folder: Path) -> tuple[str, float | None]:
-    """Play `args.eval_episodes` episodes on a fresh environment and write evaluation.json into `folder`.
+def check_film(env: gym.Env) -> None:
+    """`fail` if `env`, made with `render_mode="rgb_array"`, cannot be filmed here."""
+    with failing('--capture-video does not work here (pip install moviepy "gymnasium[classic-control]" may help)'):
+        import moviepy  # noqa: F401
 
-    An environment without a time limit is cut off after LONGEST_EPISODE steps.
+        env.reset(seed=0)
+        if not isinstance(env.render(), np.ndarray):
+            raise ValueError(f"{env.spec.id} renders no rgb_array")
+
+
+def evaluate(policy: Callable, env: gym.Env, args, folder: Path) -> tuple[str, float | None]:
+    """Play `args.eval_episodes` episodes and write evaluation.json into `folder`.
 
     Args:
-        policy: maps an observation, a float32 vector, to an action of the environment.
-        args: `env_id`, `seed`, `eval_episodes`, and `capture_video`, which films the first three episodes.
+        policy: maps an observation, a float32 vector, to an action of `env`.
+        env: not stepped before; its `RecordEpisodeStatistics` wrapper counts the score.
+        args: `seed`, `eval_episodes`, and `capture_video`, which films the first three episodes.
         folder: the run's.
 
     Returns:
         The result in one line, and the mean return, None without episodes.
     """
-    if not args.eval_episodes:
+    if args.eval_episodes == 0:
         return "no evaluation", None
-    env = make_env(args.env_id, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     if args.capture_video:
-        env = gym.wrappers.RecordVideo(env, str(folder / "videos"), episode_trigger=lambda i: i < FILMED_EPISODES)
-    if env.spec.max_episode_steps is None:
-        env = gym.wrappers.TimeLimit(env, LONGEST_EPISODE)
+        env = gym.wrappers.RecordVideo(env, str(folder / "videos"), episode_trigger=lambda i: i < 3)
     returns = []
     for episode in range(args.eval_episodes):
-        # one seed for all episodes that follow, and none of the workers', which draw theirs below 2^31
+        # one seed for all episodes, and none of the workers', which are below 2^31
         observation, _ = env.reset(seed=2**31 + args.seed if episode == 0 else None)
-        episode_return, terminated, truncated = 0.0, False, False
-        while not (terminated or truncated):
-            observation, reward, terminated, truncated, _ = env.step(policy(np.asarray(observation, np.float32)))
-            episode_return += float(reward)
-        returns.append(episode_return)
-    threshold = env.spec.reward_threshold
+        for _ in range(env.spec.max_episode_steps or 10_000):  # without a limit, a policy may walk in circles for ever
+            observation, _, terminated, truncated, _ = env.step(policy(np.asarray(observation, np.float32)))
+            if terminated or truncated:
+                break
+        returns.append(float(env.get_wrapper_attr("episode_returns")))
     env.close()
     mean, std = float(np.mean(returns)), float(np.std(returns))
     result = {"episodes": args.eval_episodes, "mean_return": mean, "std_return": std, "returns": returns}
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-    verdict = ""
-    if threshold is not None:
-        verdict = f", {'solved' if mean >= threshold else 'not solved'} (threshold {threshold:g})"
-    return f"greedy return {mean:.1f} ± {std:.1f} over {args.eval_episodes} episodes{verdict}", mean
+    return f"greedy return {mean:.1f} ± {std:.1f} over {args.eval_episodes} episodes", mean

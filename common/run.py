@@ -1,33 +1,35 @@
-"""One run: its folder, its tables, its TensorBoard events, its checkpoint and its line on the terminal."""
+"""One run: its random numbers, its folder, its tables, its checkpoint, its line on the terminal, and how it stops."""
 
 import contextlib
-import csv
 import json
+import multiprocessing
 import os
-import platform
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
-import gymnasium
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from common.inputs import InputError
+from common.arguments import failing
 
-EPISODE_COLUMNS = ("step", "time", "worker", "return", "length")
-PLAIN_LINE_SECONDS = 5.0  # without a terminal: one line of progress this often
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class RunError(Exception):
-    """What ended a run, told in one line."""
+def seed_everything(seed: int, step: int, worker: int = 0) -> np.random.Generator:
+    """The random numbers of one worker from one step on; seeds torch, too.
+
+    A run that goes on at another step draws other numbers, so no state of a generator has to be stored.
+    """
+    sequence = np.random.SeedSequence(seed, spawn_key=(step, worker))
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+    return np.random.default_rng(sequence)
 
 
 def has_gil() -> bool:
@@ -35,32 +37,33 @@ def has_gil() -> bool:
     return getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
-def how_it_ended(error: BaseException) -> tuple[int, str]:
-    """The exit code of a run that `error` ended, and what to say of it."""
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
-    if isinstance(error, SystemExit):  # SIGTERM
-        return error.code, "terminated"
-    if isinstance(error, RunError | FloatingPointError):
-        return 1, str(error)
-    return 1, "".join(traceback.format_exception(error))
-
-
 @contextlib.contextmanager
-def ctrl_c_ignored():
-    """For what takes a moment only and must not be cut short."""
-    if threading.current_thread() is not threading.main_thread():  # no other thread may change, or gets, signals
-        yield
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
+def signals_blocked():
+    """Processes that start inside get no Ctrl-C and no SIGTERM until `follow_parent`; this one gets them afterwards."""
+    _mask_signals("SIG_BLOCK")
+    yield
+    _mask_signals("SIG_UNBLOCK")
+
+
+def follow_parent() -> None:
+    """In a process of its own, a worker leaves Ctrl-C and SIGTERM to its parent, and ends when that has ended."""
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: None)
+    _mask_signals("SIG_UNBLOCK")  # neither blocked nor ignored: what an environment starts would inherit that
+
+
+def _mask_signals(how: str) -> None:
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(getattr(signal, how), STOP_SIGNALS)
 
 
 class Run:
-    """The folder of one run and everything that is written into it while it lasts.
+    """The folder of one run, everything that is written into it, and the reason to stop.
+
+    A `with run:` block guards a part of the run. Inside, the first Ctrl-C or SIGTERM sets `stopped`, and a second one
+    ends the process at once. An error ends the block; it is printed, sets `stopped` and makes the exit code 1.
 
     Args:
         script: the script's name, without .py.
@@ -68,181 +71,159 @@ class Run:
         metrics: the columns of metrics.csv beside `step` and `time`, each with its family in TensorBoard
             (`{"policy_loss": "losses", ...}`).
         facts: what args.json holds besides the arguments and the versions.
-        step, seconds: where the checkpoint stands from which the run goes on. Rows beyond `step` belong to episodes
-            that the checkpoint does not know; they are taken out, because they are about to be played again.
+        checkpoint: of the run to go on with. Rows beyond its step are taken out: those steps are taken again.
     """
 
-    def __init__(self, script, args, metrics, facts, step=0, seconds=0.0):
+    def __init__(self, script: str, args, metrics: dict[str, str], facts: dict, checkpoint: dict | None):
         self.script, self.args, self.families = script, args, metrics
-        name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{script}__{args.seed}__{int(time.time())}"
-        self.folder = Path(args.resume) if args.resume else _new_folder(Path(args.log_dir) / name)
+        self.stopped, self.exit_code = False, 0
+        self.folder = Path(args.resume) if args.resume else _new_folder(args, script)
         (self.folder / "evaluation.json").unlink(missing_ok=True)  # of a policy that is about to change
-        self.first_step, self.last_step, self.last_seconds, self.saved_step = step, step, seconds, step
-        self.bar = None
-        self.start()
-        self.returns = deque(maxlen=50)
-        self.interval_returns, self.interval_lengths = [], []
-        versions = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "gymnasium": gymnasium.__version__,
-            "numpy": np.__version__,
-        }
-        facts = facts | {"versions": versions, "cores": os.cpu_count(), "gil": has_gil()}
-        _write_json(self.folder / "args.json", asdict(args) | facts)
-        self.episodes = _Table(self.folder / "episodes.csv", EPISODE_COLUMNS, step)
-        self.metrics = _Table(self.folder / "metrics.csv", ("step", "time", *metrics, "steps_per_second"), step)
+        versions = {name: version(name) for name in ("torch", "gymnasium", "numpy")}
+        facts |= {"versions": versions | {"python": sys.version.split()[0]}, "cores": os.cpu_count(), "gil": has_gil()}
+        (self.folder / "args.json").write_text(json.dumps(vars(args) | facts, indent=2) + "\n")
+        step = self.first_step = self.last_step = checkpoint["step"] if checkpoint else 0
+        self.first_seconds = self.last_seconds = checkpoint["seconds"] if checkpoint else 0.0
+        self.episodes = _Table(self.folder / "episodes.csv", step, "step", "time", "worker", "return", "length")
+        self.metrics = _Table(self.folder / "metrics.csv", step, "step", "time", *metrics, "steps_per_second")
+        self.recent = []  # return and length of the last 50 episodes
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(self.folder, purge_step=step + 1 if args.resume else None, flush_secs=10)
+            self.tensorboard = SummaryWriter(self.folder, purge_step=step + 1 if checkpoint else None, flush_secs=10)
         except ImportError:
             self.tensorboard = None
             print("tensorboard is not installed: only the CSV files are written")
+        self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", file=sys.stdout, disable=None, delay=1)
+        self.start()
 
-    def start(self) -> float:
-        """Training begins now. Returns the reading of `time.monotonic` that counts as 0 seconds."""
-        self.begun = self.last_line = time.monotonic()
-        self.started = self.begun - self.last_seconds
-        return self.started
+    def start(self) -> None:
+        """Training begins now."""
+        self.last_line = time.monotonic()
+        self.zero = self.last_line - self.first_seconds
 
     def seconds(self) -> float:
         """Seconds of training so far."""
-        return time.monotonic() - self.started
+        return time.monotonic() - self.zero
 
-    def log_episodes(self, episodes: list[tuple[int, float, int, float, int]]) -> None:
-        """Rows of episodes.csv, (step, seconds, worker, return, length) each."""
-        for step, seconds, worker, episode_return, length in episodes:
-            self.episodes.writerow((step, f"{seconds:.3f}", worker, f"{episode_return:.6g}", length))
-            self.returns.append(episode_return)
-            self.interval_returns.append(episode_return)
-            self.interval_lengths.append(length)
-        self.episodes.flush()
+    def __enter__(self) -> None:
+        self.handlers = {number: signal.signal(number, self._stop) for number in STOP_SIGNALS}
 
-    def log_metrics(self, step: int, values: dict[str, float]) -> None:
-        """One row of metrics.csv, with `values` by column, and the same for TensorBoard."""
+    def __exit__(self, kind, error, _) -> bool:
+        if error is not None:
+            self.fail("".join(traceback.format_exception(error)))
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        return True
+
+    def _stop(self, number: int, _) -> None:
+        if self.stopped:  # already, by an earlier signal or an error: now at once
+            os._exit(128 + number)
+        self.stopped, self.exit_code = True, 128 + number
+
+    def fail(self, cause: str) -> None:
+        """Print `cause` and stop the run with exit code 1."""
+        self.stopped, self.exit_code = True, 1
+        with contextlib.suppress(OSError):  # nobody may be reading any more
+            print(f"{self.script}: {cause.strip()}", file=sys.stderr, flush=True)
+
+    def log_episode(self, step: int, worker: int, episode: dict, now: float | None = None) -> None:
+        """A row of episodes.csv; the episode ended at `now`, a reading of `time.monotonic`, or just now.
+
+        `episode` is what the wrapper `RecordEpisodeStatistics` puts into `info` at the end of an episode.
+        """
+        seconds, score = (now or time.monotonic()) - self.zero, float(episode["r"])
+        self.episodes.write({"step": step, "time": seconds, "worker": worker, "return": score, "length": episode["l"]})
+        self.recent = [*self.recent[-49:], (score, episode["l"])]
+
+    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """A row of metrics.csv, with `metrics` by column, and the same for TensorBoard."""
         seconds = self.seconds()
         speed = (step - self.last_step) / max(seconds - self.last_seconds, 1e-9)
         self.last_step, self.last_seconds = step, seconds
-        row = [f"{values[name]:.6g}" for name in self.families]
-        self.metrics.writerow((step, f"{seconds:.3f}", *row, f"{speed:.0f}"))
-        self.metrics.flush()
-        if self.tensorboard:
-            scalars = {f"{family}/{name}": values[name] for name, family in self.families.items()}
-            scalars["charts/SPS"] = speed
-            if self.interval_returns:
-                scalars["charts/episodic_return"] = np.mean(self.interval_returns)
-                scalars["charts/episodic_length"] = np.mean(self.interval_lengths)
-            for tag, value in scalars.items():
-                self.tensorboard.add_scalar(tag, value, step)
-        self.interval_returns, self.interval_lengths = [], []
+        self.metrics.write({"step": step, "time": seconds} | metrics | {"steps_per_second": speed})
+        scalars = {f"{family}/{name}": metrics[name] for name, family in self.families.items()} | {"charts/SPS": speed}
+        if self.recent:
+            scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(self.recent, axis=0)
+        for tag, value in scalars.items() if self.tensorboard else ():
+            self.tensorboard.add_scalar(tag, value, step)
 
-    def show_progress(self, step: int) -> None:
-        """The progress bar, or now and then a plain line where there is no terminal."""
-        mean = f"{np.mean(self.returns):.1f}" if self.returns else "-"
-        if sys.stdout.isatty():
-            total = self.args.total_timesteps
-            if self.bar is None:
-                self.bar = tqdm(total=total, initial=self.first_step, unit=" steps", file=sys.stdout)
-            self.bar.set_postfix_str(f"return {mean}", refresh=False)
-            self.bar.update(min(step, total) - self.bar.n)
-        elif time.monotonic() - self.last_line >= PLAIN_LINE_SECONDS:
+    def progress(self, step: int) -> None:
+        """The progress bar, or a plain line every few seconds where there is no terminal."""
+        mean = f"{np.mean(self.recent, axis=0)[0]:.1f}" if self.recent else "-"
+        self.bar.set_postfix_str(f"return {mean}", refresh=False)
+        self.bar.update(min(step, self.bar.total) - self.bar.n)
+        if self.bar.disable and time.monotonic() - self.last_line > 5:  # no terminal: a line every 5 seconds
             self.last_line = time.monotonic()
-            speed = (step - self.first_step) / (time.monotonic() - self.begun)
+            speed = (step - self.first_step) / (self.seconds() - self.first_seconds)
             left = max(0, self.args.total_timesteps - step) / max(speed, 1e-9)
             print(f"step {step:,}: return {mean}, {speed:,.0f} steps per second, {left:.0f} s left", flush=True)
 
-    def save(self, step: int, tensors: dict, random_states: dict) -> None:
+    def save(self, step: int, **state) -> None:
         """Write checkpoint.pt: under another name first, so that a crash leaves the old one whole.
 
         Args:
             step: T.
-            tensors: networks and optimiser, by name: a tensor or a state_dict each.
-            random_states: the state of each worker's random generator, by number.
+            state: tensors and `state_dict`s by name, which `load_checkpoint` returns beside `step`.
 
         Raises:
-            FloatingPointError: a number in `tensors` is not finite; the old checkpoint stays.
+            FloatingPointError: a tensor is not finite. The old checkpoint stays.
         """
-        for name, content in tensors.items():
-            for tensor in _tensors(content):
-                if not tensor.isfinite().all():
-                    raise FloatingPointError(f"{name} is not finite at step {step:,}: the checkpoint before it is kept")
-        about = {"script": self.script, "args": asdict(self.args), "step": step, "seconds": self.seconds()}
-        temporary = self.folder / "checkpoint.tmp"
-        torch.save(about | tensors | {"random_states": random_states}, temporary)
-        os.replace(temporary, self.folder / "checkpoint.pt")
-        self.saved_step = step
+        tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise FloatingPointError(f"a parameter is not finite at step {step:,}: the checkpoint before it stays")
+        about = {"script": self.script, "args": vars(self.args), "step": step, "seconds": self.seconds()}
+        torch.save(about | state, self.folder / "checkpoint.tmp")
+        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+
+    def close(self, step: int) -> None:
+        """Training has ended at `step`, for whatever reason."""
+        self.last_step, self.last_seconds = step, self.seconds()
+        self.stopped = True  # from now on, a signal ends the process at once
+        self.bar.close()
+        if self.tensorboard:
+            self.tensorboard.flush()
+        if self.exit_code:
+            print(f"{self.script}: stopped at step {step:,}; {self.folder}", file=sys.stderr)
 
     def finish(self, evaluation: str, mean_return: float | None) -> None:
         """The last line on the terminal, and the evaluation for TensorBoard; takes what `evaluate` returns."""
-        steps, seconds = self.saved_step - self.first_step, self.trained_seconds
+        steps, seconds = self.last_step - self.first_step, self.last_seconds - self.first_seconds
         speed = f"{steps:,} steps in {seconds:.1f} s, {steps / seconds:,.0f} steps per second"
         print(f"{self.script}: {speed}; {evaluation}; {self.folder}")
-        if self.tensorboard:
-            if mean_return is not None:
-                self.tensorboard.add_scalar("eval/mean_return", mean_return, self.saved_step)
+        if self.tensorboard and mean_return is not None:
+            self.tensorboard.add_scalar("eval/mean_return", mean_return, self.last_step)
             self.tensorboard.close()
-
-    def close(self) -> None:
-        """Training is over: close tables and bar. What has been logged is on disk before this, too."""
-        self.trained_seconds = time.monotonic() - self.begun
-        if self.bar is not None:
-            self.bar.close()
-        self.episodes.close()
-        self.metrics.close()
-        if self.tensorboard:
-            self.tensorboard.flush()
 
 
 class _Table:
-    """A CSV file for rows of `columns`. What has been flushed is safe from kill -9.
+    """A CSV file of numbers. A row is safe from kill -9 when `write` returns; where the disk is full, none is torn.
 
-    Rows that are there already stay if they are whole and not beyond `step`. Where a run goes on with other columns, as
-    with another number of workers, none is lost: what a row has no value for is empty.
+    Rows that are there already stay if they are whole and not beyond `last_step`, and so do their columns.
     """
 
-    def __init__(self, path: Path, columns: tuple[str, ...], step: int):
-        self.columns, known, kept = columns, [], []
-        if path.exists():
-            reader = csv.DictReader(path.read_text().split("\n")[:-1])  # without what follows the last end of line
-            kept = [row for row in reader if float(row["step"]) <= step]
-            known = [name for name in reader.fieldnames or () if name not in columns]
-        header, temporary = (*columns, *known), path.with_suffix(".tmp")
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, header, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(kept)
-        os.replace(temporary, path)
-        file = open(path, "a", newline="")  # noqa: SIM115
-        self.writer = csv.DictWriter(file, header, lineterminator="\n")
-        self.flush, self.close = file.flush, file.close
+    def __init__(self, path: Path, last_step: int, *columns: str):
+        header, *lines = path.read_text().split("\n")[:-1] if path.exists() else [",".join(columns)]
+        self.columns = list(dict.fromkeys([*header.split(","), *columns]))
+        kept = [line for line in lines if float(line.split(",")[0]) <= last_step]
+        path.with_suffix(".tmp").write_text("\n".join([",".join(self.columns), *kept, ""]))
+        os.replace(path.with_suffix(".tmp"), path)
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115
 
-    def writerow(self, row: tuple) -> None:
-        self.writer.writerow(dict(zip(self.columns, row, strict=True)))
+    def write(self, row: dict) -> None:
+        """Add a row, given by column; what it lacks stays empty."""
+        cells = [row.get(name, "") for name in self.columns]
+        line = ",".join(f"{cell:.8g}" if isinstance(cell, float) else str(cell) for cell in cells) + "\n"
+        end = self.file.seek(0, os.SEEK_END)
+        if self.file.write(line.encode()) < len(line):
+            self.file.truncate(end)
+            raise OSError(f"no space left on the disk for {self.file.name}")
 
 
-def _tensors(content: object) -> Iterator[torch.Tensor]:
-    if isinstance(content, torch.Tensor):
-        yield content
-    elif isinstance(content, dict):
-        for value in content.values():
-            yield from _tensors(value)
-
-
-def _new_folder(path: Path) -> Path:
-    """`path`, or the same with a number behind it where another run of this second has taken it."""
-    for number in range(1, 1000):
-        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
-        try:
-            candidate.mkdir(parents=True)
-            return candidate
-        except FileExistsError:
-            if not candidate.exists():
-                break
-        except OSError:
-            break
-    raise InputError(f"--log-dir: the folder {path} cannot be made")
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+def _new_folder(args, script: str) -> Path:
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{script}__{args.seed}"
+    while (folder := Path(args.log_dir) / f"{name}__{time.time():.0f}").exists():
+        time.sleep(0.1)  # another run has the name of this second
+    with failing("--log-dir: no folder can be made there"):
+        folder.mkdir(parents=True)
+    return folder

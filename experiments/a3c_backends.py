@@ -3,20 +3,16 @@
     python experiments/a3c_backends.py
 
 About 2 minutes on two cores. Run it under a Python with a GIL and under a free-threaded one to see what the GIL costs.
-The repeats of all combinations take turns, so that a machine that slows down slows all of them down.
+Beside what a3c.py needs it needs pandas alone.
 """
 
-import statistics
-import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import product
 
-import tyro
+import tools
 
-SCRIPT = Path(__file__).resolve().parents[1] / "a3c.py"
-COUNTS = (1, 2, 4, 8)
+from common.run import has_gil
 
 
 @dataclass
@@ -27,31 +23,18 @@ class Args:
     """steps of each run"""
 
 
-def steps_per_second(backend: str, num_workers: int, steps: int, seed: int) -> float:
-    """Steps of all workers together, from the moment when all of them are ready."""
-    with tempfile.TemporaryDirectory() as folder:
-        flags = (
-            f"--backend={backend} --num-workers={num_workers} --total-timesteps={steps} --eval-episodes=0 --seed={seed}"
-        )
-        command = [sys.executable, SCRIPT, *flags.split(), f"--log-dir={folder}"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        last_row = next(Path(folder).glob("*/metrics.csv")).read_text().splitlines()[-1]
-        step, seconds = last_row.split(",")[:2]
-        return int(step) / float(seconds)
-
-
-def main(args: Args) -> None:
-    speeds = {(backend, count): [] for backend in ("thread", "process") for count in COUNTS}
-    for repeat in range(args.repeats):
-        for (backend, count), measured in speeds.items():
-            measured.append(steps_per_second(backend, count, args.total_timesteps, seed=repeat + 1))
-    gil = getattr(sys, "_is_gil_enabled", lambda: True)()
-    print(f"| Python {sys.version.split()[0]}, {'with' if gil else 'without'} a GIL | 1 worker | 2 | 4 | 8 |")
-    print("|---|---:|---:|---:|---:|")
-    for backend in ("thread", "process"):
-        row = " | ".join(f"{statistics.median(speeds[backend, count]):,.0f}" for count in COUNTS)
-        print(f"| `--backend {backend}` | {row} |")
+def main(args: Args) -> int:
+    flags = f"--total-timesteps={args.total_timesteps} --eval-episodes=0"
+    contestants = {
+        (backend, workers): tools.script("a3c.py", f"--backend={backend} --num-workers={workers} {flags}")
+        for backend, workers in product(("thread", "process"), (1, 2, 4, 8))
+    }
+    runs = tools.play(contestants, range(1, args.repeats + 1), tools.read_speed)
+    runs[["backend", "workers"]] = runs["name"].tolist()
+    table = runs.pivot_table(tools.SPEED, "backend", "workers", aggfunc="median", sort=False).round()
+    tools.print_table(f"{'with' if has_gil() else 'without'} a GIL, workers:", table)
+    return tools.finish(runs, None)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    sys.exit(main(tools.parse_args(Args)))

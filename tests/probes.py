@@ -1,11 +1,7 @@
-"""Tiny environments whose values are known, and environments that fail in one way each.
+"""Tiny environments whose values are known, and spaces that a script refuses.
 
 Importing this module registers them; `gymnasium.make("probes:Constant-v0")` does so by itself.
 """
-
-import os
-import signal
-import threading
 
 import gymnasium as gym
 import numpy as np
@@ -138,6 +134,29 @@ class ScriptBox(Script):
     action_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
 
 
+class Counts(Probe):
+    """Episodes of 3 steps. The return of the first episode of an environment is 1, of the second 2, ..."""
+
+    length = 3
+    episodes = 0
+
+    def observe(self):
+        self.episodes += self.t == 0
+        return super().observe()
+
+    def play(self, action):
+        return float(self.episodes) if self.t == 2 else 0.0
+
+
+class TellsActions(Probe):
+    """The return tells all the 40 actions of an episode."""
+
+    length = 40
+
+    def play(self, action):
+        return float(action) * 2.0**self.t
+
+
 class DictObservation(Probe):
     """Observations that have to be flattened."""
 
@@ -169,78 +188,24 @@ class ManyActions(Probe):
     action_space = spaces.MultiDiscrete([2, 2])
 
 
+class VeryManyActions(Probe):
+    """A space that takes several lines to print."""
+
+    action_space = spaces.MultiDiscrete([2] * 100)
+
+
+class HugeBounds(Probe):
+    action_space = spaces.Box(-1e10, 1e10, (1,), np.float64)
+
+
 class IntegerBox(Probe):
     action_space = spaces.Box(0, 5, (1,), np.int64)
-
-
-class Failing(Probe):
-    """Episodes of 5 steps; `fail` is called in the 40th step of an environment."""
-
-    steps = 0
-    length = 5
-
-    def step(self, action):
-        self.steps += 1
-        if self.steps == 40:
-            self.fail()
-        return super().step(action)
-
-    def fail(self):
-        raise RuntimeError("the probe broke")
-
-
-class FailsAtReset(Probe):
-    def reset(self, **kwargs):
-        raise RuntimeError("the probe cannot be reset")
 
 
 class Endless(Probe):
     """A single episode without an end."""
 
     length = -1
-
-
-class HangsAtClose(Probe):
-    def reset(self, **kwargs):
-        self.is_used = True
-        return super().reset(**kwargs)
-
-    def close(self):
-        if getattr(self, "is_used", False):
-            threading.Event().wait()
-
-
-class HangsAtReset(Probe):
-    def reset(self, **kwargs):
-        threading.Event().wait()
-
-
-class Killed(Failing):
-    def fail(self):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Hangs(Failing):
-    def fail(self):
-        threading.Event().wait()
-
-
-class NotANumber(Failing):
-    """Observes NaN from the 40th step on."""
-
-    def observe(self):
-        return np.full(1, np.nan if self.steps >= 40 else 0.0, np.float32)
-
-    def fail(self):
-        pass
-
-
-class InfiniteReward(Failing):
-    def play(self, action):
-        return np.inf if self.steps >= 40 else 1.0
-
-    def fail(self):
-        pass
 
 
 # Continuous actions between bounds that are finite and not symmetric
@@ -286,33 +251,18 @@ class BoundedByLaterAction(ByLaterAction):
         return float(action[0] / 10 - (action[1] + 5) / 8) if self.t else 0.0
 
 
-class FailsLater(Failing):
-    """`fail` is called in the 140th step."""
+class ReusesItsArray(BoundedScript):
+    """`BoundedScript`, but later steps change the observations that it has returned."""
 
-    action_space = BOUNDED
-    steps = -100
+    array = np.zeros(3, np.float32)
 
+    def reset(self, **options):
+        self.array[:], info = super().reset(**options)
+        return self.array, info
 
-class NotANumberLater(NotANumber, FailsLater):
-    pass
-
-
-class InfiniteRewardLater(InfiniteReward, FailsLater):
-    pass
-
-
-class Interrupted(FailsLater):
-    """Ctrl-C in the 140th step."""
-
-    def fail(self):
-        signal.raise_signal(signal.SIGINT)
-
-
-class Terminated(FailsLater):
-    """SIGTERM in the 140th step."""
-
-    def fail(self):
-        signal.raise_signal(signal.SIGTERM)
+    def step(self, action):
+        self.array[:], *others = super().step(action)
+        return self.array, *others
 
 
 for cls in [value for value in globals().values() if isinstance(value, type) and issubclass(value, Probe)]:

@@ -1,0 +1,97 @@
+"""What the disk holds after kill -9 and when it is full, and how a run goes on from there."""
+
+import json
+import resource
+
+import pandas as pd
+import psutil
+import pytest
+from conftest import WITH_WORKERS, each_script, load, tables
+
+pytestmark = pytest.mark.usefixtures("nothing_is_left_running")
+
+# kill -9
+
+MAY_BE_LATE = 20  # episodes that a worker has reported but the main process has not yet written when it saves
+
+
+@each_script(*WITH_WORKERS)
+def test_no_worker_outlives_a_killed_run(start, script):
+    """Not even one that hangs."""
+    child = start(script, "--env-id", "faulty:Hangs-v0", "--num-workers", 2, "--backend", "process")
+    child.wait_for("episodes.csv", lines=10)
+    children = psutil.Process(child.process.pid).children(recursive=True)
+    assert len(children) >= 4
+    child.process.kill()
+    assert not psutil.wait_procs(children, timeout=20)[1]
+
+
+@each_script()
+def test_kill_9_then_resume(start, command, script):
+    """The n-th episode of the one environment has the return n, so every row is known."""
+    child = start(script, "--env-id", "probes:Counts-v0", "--total-timesteps", 10**9, "--gamma", 0.5)
+    child.wait_for("checkpoint.pt")
+    folder = child.wait_for("episodes.csv", lines=40)
+    child.process.kill()
+    child.process.wait()
+    tables(folder)
+    before = load(folder)
+    target, number = before["step"] + 300, before["step"] // 3
+    with open(folder / "episodes.csv", "a") as table:  # as if killed within a row
+        table.write(f"{before['step'] + 1},1.0,0,9,9\n{before['step']},1.")
+
+    assert command(script, "--resume", folder, "--total-timesteps", target, "--eval-episodes", 1) == 0
+    after = load(folder)
+    assert target <= after["step"] <= target + 10
+    args = json.loads((folder / "args.json").read_text())
+    assert (args["gamma"], args["env_id"]) == (0.5, "probes:Counts-v0")  # the run's, not the default
+    episodes, metrics = pd.read_csv(folder / "episodes.csv"), pd.read_csv(folder / "metrics.csv")
+    is_old = episodes["step"] <= before["step"]
+    for rows, offset, count in ((episodes[is_old], 0, number), (episodes[~is_old], before["step"], None)):
+        known = [[offset + 3 * i, i, 3] for i in range(1, len(rows) + 1)]
+        assert rows[["step", "return", "length"]].to_numpy().tolist() == known  # none is missing in between or doubled
+        missing = (count or (after["step"] - offset) // 3) - len(rows)
+        assert 0 <= missing <= (MAY_BE_LATE if count and script in WITH_WORKERS else 0)
+    assert (episodes["time"][~is_old] >= before["seconds"]).all()
+    assert after["seconds"] >= metrics["time"].max() > before["seconds"]
+    assert metrics["step"].is_monotonic_increasing
+    assert before["step"] < metrics["step"].max() <= after["step"]
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+# Full disks. A limit on the size of files makes write() return short, too
+
+
+@pytest.fixture
+def limit_file_size():
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@each_script()
+def test_a_full_disk_tears_no_row(train, capfd, limit_file_size, script):
+    _, folder = train(script, env_id="probes:Counts-v0", total_timesteps=60)
+    before, table = load(folder), folder / "episodes.csv"
+    size = max(path.stat().st_size for path in folder.iterdir()) + 10_000
+    with open(table, "ab") as file:  # long enough to be the first file that is too large
+        row = f"{before['step']},{before['seconds']},0,9,9\n".encode()
+        file.write(row * ((size - table.stat().st_size) // len(row)))
+    limit_file_size(table.stat().st_size + 5)
+    content = table.read_bytes()
+
+    arguments = {"env_id": "probes:Counts-v0", "total_timesteps": 10**9, "resume": str(folder)}
+    assert train(script, **arguments, eval_episodes=1)[0] == 1
+    assert "no space left" in capfd.readouterr().err
+    assert table.read_bytes() == content
+    assert load(folder)["model"].keys() == before["model"].keys()
+
+
+@each_script()
+def test_a_full_disk_spares_the_checkpoint(train, capfd, limit_file_size, script):
+    _, folder = train(script, total_timesteps=60)
+    content = (folder / "checkpoint.pt").read_bytes()
+    limit_file_size(len(content) // 2)
+    assert train(script, total_timesteps=10**9, resume=str(folder), eval_episodes=1)[0] == 1
+    assert "Traceback" in capfd.readouterr().err
+    assert (folder / "checkpoint.pt").read_bytes() == content
