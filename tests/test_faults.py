@@ -251,7 +251,7 @@ def test_a_second_signal_ends_a_run_that_hangs(start, script):
 
     wait_until(ends, seconds=20)
     code, _, err = child.finish()
-    assert code == 130
+    assert code in (130, -signal.SIGINT)  # the latter where a signal finds Python on its way out
     assert "Traceback" not in err
     tables(folder)
     assert load(folder)["step"] > 0
