@@ -250,8 +250,15 @@ class Shared:
         """The global step counter: the sum of the workers' own."""
         return sum(self.steps[:])
 
-    def count_step(self, worker: int) -> None:
-        """t <- t + 1, and with it T <- T + 1."""
+    def count_step(self, worker: int, episode: dict | None = None) -> None:
+        """t <- t + 1, and with it T <- T + 1.
+
+        `episode` is what `RecordEpisodeStatistics` tells of one that ends with this step. It is reported first: whoever
+        reads T, and then the reports, gets all episodes up to T.
+        """
+        if episode:
+            score = {"r": float(episode["r"]), "l": episode["l"]}
+            self.episodes[worker].put((self.T + 1, worker, score, time.monotonic()))
         self.steps[worker] += 1
 
     def update_target(self, T: int) -> None:
@@ -266,12 +273,9 @@ class Shared:
 
     def log(self, worker: int, metrics: dict[str, float]) -> None:
         """Add the metrics of one update."""
-        for column, value in enumerate((*(metrics[name] for name in METRICS), 1)):
-            self.sums[worker][column] += value
-
-    def report(self, worker: int, episode: dict) -> None:
-        """An episode has ended; `episode` is what `RecordEpisodeStatistics` tells of it."""
-        self.episodes[worker].put((self.T, worker, {"r": float(episode["r"]), "l": episode["l"]}, time.monotonic()))
+        for column, name in enumerate(METRICS):
+            self.sums[worker][column] += metrics[name]
+        self.sums[worker][-1] += 1
 
     def reported(self) -> Iterator[tuple]:
         """The episodes reported since the last call, as arguments of `Run.log_episode`."""
@@ -318,7 +322,7 @@ def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> 
         observations[n + 1], reward, terminated, truncated, info = env.step(actions[n])
         rewards.append(float(reward))
         n += 1  # s = s', observations[n]
-        shared.count_step(index)  # T <- T + 1
+        shared.count_step(index, info.get("episode"))  # T <- T + 1
         t += 1  # t <- t + 1
         shared.update_target(shared.T)  # if T mod I_target == 0: theta- <- theta
         # if t mod I_AsyncUpdate == 0 or s is terminal
@@ -340,7 +344,6 @@ def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> 
             observations[0] = observations[n]
             actions, rewards = actions[n:], []  # d theta <- 0
         if terminated or truncated:
-            shared.report(index, info["episode"])
             observations[0], _ = env.reset()
             actions = []
     shared.done[index] = True
@@ -359,9 +362,8 @@ def main(args: Args) -> int:
         check_film(eval_env)
     seed_everything(args.seed, 0)
     model = QNetwork(eval_env.observation_space.shape[0], int(eval_env.action_space.n))
-    backend = args.backend
-    if backend == "auto":
-        backend = "process" if has_gil() and args.num_workers > 1 else "thread"
+    auto = "process" if has_gil() and args.num_workers > 1 else "thread"
+    backend = auto if args.backend == "auto" else args.backend
     context = torch.multiprocessing.get_context(START_METHOD)
     context.set_forkserver_preload(["torch", "gymnasium", "tyro", "tqdm"])
     shared = Shared(model.theta, args, context.SimpleQueue)
@@ -386,11 +388,15 @@ def main(args: Args) -> int:
     rngs = [seed_everything(args.seed, run.first_step, index) for index in range(args.num_workers)]
     workers = [new_worker(target=worker, args=(i, args, shared, rngs[i]), daemon=True) for i in range(args.num_workers)]
 
-    def log_and_save() -> None:
-        means, T = shared.means(), shared.T  # in this order: T counts the steps of all these updates
+    def write(with_checkpoint: bool) -> None:
+        # In this order: T counts the steps of all updates in the means, and all episodes up to T have been reported.
+        means, T = shared.means() if with_checkpoint else {}, shared.T
+        for episode in sorted(shared.reported()):
+            run.log_episode(*episode)
         if means and T > run.last_step:
             run.log_metrics(T, means)
-        run.save(T, model=model.state_dict(), g=shared.g, theta_target=shared.theta_target)
+        if with_checkpoint:
+            run.save(T, model=model.state_dict(), g=shared.g, theta_target=shared.theta_target)
 
     next_log = T // args.log_interval + 1
     alive = [True]
@@ -399,12 +405,10 @@ def main(args: Args) -> int:
             for each in workers:
                 each.start()
         while any(alive):
-            alive = [each.is_alive() for each in workers]  # first, so that the last round finds everything
+            alive = [each.is_alive() for each in workers]  # first: who ends after that is asked again
             time.sleep(0.05)  # rather than wake up for every single episode
             if shared.T == run.first_step:
                 run.start()
-            for episode in sorted(shared.reported()):
-                run.log_episode(*episode)
             # Who has ended and is not done has raised (the traceback is on the terminal), has exited or was killed.
             failed = [index for index, is_alive in enumerate(alive) if not is_alive and not shared.done[index]]
             if failed and run.exit_code != 1:
@@ -415,15 +419,14 @@ def main(args: Args) -> int:
             elif time.monotonic() - last_progress > PATIENCE_SECONDS:
                 run.fail("a worker makes no progress and does not end")
                 alive = []
-            if next_log * args.log_interval <= T <= args.total_timesteps:
-                log_and_save()
-                next_log = T // args.log_interval + 1
+            write(with_checkpoint=next_log * args.log_interval <= T <= args.total_timesteps)
+            next_log = T // args.log_interval + 1
             run.progress(T)
     shared.stop.value = True
     for each in set(workers) & set(multiprocessing.active_children()):
         each.kill()  # threads end with this process
     with run:
-        log_and_save()
+        write(with_checkpoint=True)
     run.close(shared.T)
     if run.exit_code == 0:
         with run:

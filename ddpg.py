@@ -264,7 +264,7 @@ class ReplayBuffer:
         """Take over the file of a run with `count` transitions so far.
 
         Raises:
-            OSError, ValueError: there is no file, it is damaged, or it does not fit.
+            OSError, EOFError, ValueError: there is no file, it is damaged, or it does not fit.
         """
         rows = np.load(path, mmap_mode="r")
         known = min(count, len(rows))

@@ -62,7 +62,8 @@ class Args:
     minibatch_size: PositiveInt = 250
     """steps in each minibatch of these passes"""
     norm_obs: bool = True
-    """subtract the running mean from the observations and divide by the running standard deviation"""
+    """subtract the observations' running mean and divide by their running standard deviation; the first hundredth of
+    the steps, a batch at most, only measures these"""
     norm_returns: bool = True
     """normalise the returns that the value function learns by their running mean and standard deviation"""
     log_interval: PositiveInt = 5_000
@@ -299,8 +300,9 @@ def update_policy(model: ActorCritic, optimizer, inputs, actions, advantages, ar
         Metrics by name.
     """
     parameters = model.policy_parameters()
+    some = inputs[rng.permutation(len(inputs))[: math.ceil(len(inputs) / FISHER_SHARE)]]
     with torch.no_grad():
-        old_policy = model.policy(inputs)
+        old_policy, some_old_policy = model.policy(inputs), model.policy(some)
         old_log_prob = old_policy.log_prob(actions)
 
     def objective_and_kl() -> tuple[torch.Tensor, torch.Tensor]:
@@ -318,9 +320,6 @@ def update_policy(model: ActorCritic, optimizer, inputs, actions, advantages, ar
         (-L).backward()
         optimizer.step()
     elif g.any():
-        some = inputs[rng.permutation(len(inputs))[: math.ceil(len(inputs) / FISHER_SHARE)]]
-        with torch.no_grad():
-            some_old_policy = model.policy(some)
         kl = kl_divergence(some_old_policy, model.policy(some)).mean()
         product = fisher_vector_product(kl, parameters, args.cg_damping)
         y = conjugate_gradients(product, g, CG_ITERATIONS)
@@ -432,9 +431,10 @@ def main(args: Args) -> int:
         while T < args.total_timesteps:
             left = args.total_timesteps - T
             is_first = args.norm_obs and model.observations.count == 0
-            # The first hundredth of the steps, which are still random, gives the first statistics of observations. The
-            # others are divided evenly over the batches.
-            steps = math.ceil((left / 100 if is_first else left / math.ceil(left / args.batch_size)) / args.num_envs)
+            # The steps are divided evenly over the batches. The first, of a hundredth of the steps at most, which are
+            # still random, gives the first statistics of observations.
+            batches = max(100 if is_first else 1, math.ceil(left / args.batch_size))
+            steps = math.ceil(left / batches / args.num_envs)
             batch = collect(model, envs, current, steps, T, run, rng)
             if run.stopped:  # a batch that is not whole counts as not begun
                 break

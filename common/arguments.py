@@ -1,6 +1,7 @@
 """The command line: refusals in one line, and the arguments of an earlier run."""
 
 import contextlib
+import os
 import signal
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ def parse_args(args_class: type, script: str):
     process with exit codes 130 and 143 from now on, except while a `Run` handles them.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        signal.signal(number, lambda number, _: os._exit(128 + number))
     args = tyro.cli(args_class, description=sys.modules[args_class.__module__].__doc__)
     if checkpoint := load_checkpoint(args, script):
         stored = {k: v for k, v in checkpoint["args"].items() if hasattr(args, k) and k not in OF_ONE_CALL}

@@ -77,7 +77,7 @@ class Run:
     def __init__(self, script: str, args, metrics: dict[str, str], facts: dict, checkpoint: dict | None):
         self.script, self.args, self.families = script, args, metrics
         self.stopped, self.exit_code = False, 0
-        self.folder = Path(args.resume) if args.resume else _new_folder(args, script)
+        self.folder = Path(args.resume) if checkpoint else _new_folder(args, script)
         (self.folder / "evaluation.json").unlink(missing_ok=True)  # of a policy that is about to change
         versions = {name: version(name) for name in ("torch", "gymnasium", "numpy")}
         facts |= {"versions": versions | {"python": sys.version.split()[0]}, "cores": os.cpu_count(), "gil": has_gil()}
@@ -169,8 +169,7 @@ class Run:
         Raises:
             FloatingPointError: a tensor is not finite. The old checkpoint stays.
         """
-        tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
-        if not all(tensor.isfinite().all() for tensor in tensors):
+        if not all(leaf.isfinite().all() for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)):
             raise FloatingPointError(f"a parameter is not finite at step {step:,}: the checkpoint before it stays")
         about = {"script": self.script, "args": vars(self.args), "step": step, "seconds": self.seconds()}
         torch.save(about | state, self.folder / "checkpoint.tmp")

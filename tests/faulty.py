@@ -17,7 +17,8 @@ test_is_over = threading.Event()
 
 
 def hang() -> None:
-    """Do nothing until the test is over. A process never hears of that."""
+    """Say so, and do nothing until the test is over. A process never hears of that."""
+    print("the probe hangs", flush=True)
     test_is_over.wait()
 
 

@@ -168,9 +168,8 @@ def test_rmsprop_step_is_the_papers_formula():
 def test_shared_keeps_what_workers_tell():
     shared, start = Shared(torch.ones(2), Args(num_workers=3), SimpleQueue), time.monotonic()
     for worker in (1, 2, 2):
-        shared.count_step(worker)
+        shared.count_step(worker, {"r": 7, "l": shared.T + 1, "t": 0.1})
         shared.log(worker, {name: shared.T * len(name) for name in reversed(a3c.METRICS)})
-        shared.report(worker, {"r": 7, "l": shared.T, "t": 0.1})
     assert (shared.T, *shared.steps) == (3, 0, 1, 2)
     assert [sums[-1] for sums in shared.sums] == [0, 1, 2]  # each worker writes where no other does
     assert shared.means() == {name: 2 * len(name) for name in a3c.METRICS}
@@ -187,8 +186,8 @@ class Recorder(Shared):
         super().__init__(*arguments)
         self.steps[0], self.stop_after, self.start, self.updates = 10, stop_after, self.theta.clone(), []
 
-    def count_step(self, worker):
-        super().count_step(worker)
+    def count_step(self, worker, episode=None):
+        super().count_step(worker, episode)
         self.theta += 0.01 * torch.randn_like(self.theta)
         self.stop.value = self.T >= self.stop_after
 

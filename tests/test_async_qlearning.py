@@ -135,7 +135,7 @@ def test_loss_has_the_gradient_of_the_pseudo_code(target, n_step, terminated):
         q_loss(model, theta_minus, observations[:3], actions[:2], rewards[:1], terminated, Args())
 
 
-@pytest.mark.parametrize("name", ["rmsprop_step", "T", "count_step", "update", "log", "report", "reported", "means"])
+@pytest.mark.parametrize("name", ["rmsprop_step", "T", "count_step", "update", "log", "reported", "means"])
 def test_what_a3c_has_too_is_the_same(name):  # test_a3c.py holds it to its definition
     ours, other = ((vars(script) | vars(script.Shared))[name] for script in (async_qlearning, a3c))
     assert inspect.getsource(getattr(ours, "fget", ours)) == inspect.getsource(getattr(other, "fget", other))
@@ -158,7 +158,7 @@ def test_shared_updates_the_target_at_the_first_T_from_a_multiple_on(first):
 @pytest.mark.parametrize(("frequency", "train_frequency"), [(1, 1), (7, 1), (500, 5)])
 def test_target_is_theta_of_the_last_multiple_also_after_resume(train, monkeypatch, frequency, train_frequency):
     count_step, thetas, resume = Shared.count_step, {}, {}
-    remember = lambda self, worker: count_step(self, worker) or thetas.update({self.T: self.theta.clone()})  # noqa: E731
+    remember = lambda self, *step: count_step(self, *step) or thetas.update({self.T: self.theta.clone()})  # noqa: E731
     monkeypatch.setattr(Shared, "count_step", remember)
     options = {"env_id": "probes:Endless-v0", "target_network_frequency": frequency, "train_frequency": train_frequency}
     for T_max in (frequency + 1, frequency + 3, 3 * frequency + 5):
@@ -181,8 +181,8 @@ class Recorder(Shared):
         self.theta.copy_(self.initial + 0.3 * torch.randn_like(self.theta))
         self.acting[self.T] = self.theta.clone()
 
-    def count_step(self, worker):
-        super().count_step(worker)
+    def count_step(self, worker, episode=None):
+        super().count_step(worker, episode)
         self.move()
         self.counted[self.T] = self.theta.clone()
         self.stop.value = self.T >= self.stop_after

@@ -241,8 +241,8 @@ def test_a_signal_to_the_whole_process_group_saves(start, script, number, code):
 @each_script()
 def test_a_second_signal_ends_a_run_that_hangs(start, script):
     child = start(script, "--env-id", "faulty:Hangs-v0")
-    folder = child.wait_for("episodes.csv", lines=7)
-    child.wait_for("checkpoint.pt")
+    folder = child.wait_for("checkpoint.pt")
+    assert "the probe hangs\n" in child.process.stdout  # reads as far as that
     children = psutil.Process(child.process.pid).children(recursive=True)
 
     def ends() -> bool:
@@ -251,8 +251,8 @@ def test_a_second_signal_ends_a_run_that_hangs(start, script):
 
     wait_until(ends, seconds=20)
     code, _, err = child.finish()
-    assert code in (130, -signal.SIGINT)  # the latter where a signal finds Python on its way out
-    assert "Traceback" not in err.split("Exception ignored")[0]  # Python says so of one that comes even later
+    assert code == 130
+    assert "Traceback" not in err
     tables(folder)
     assert load(folder)["step"] > 0
     assert not psutil.wait_procs(children, timeout=20)[1]
