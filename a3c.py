@@ -100,8 +100,9 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     if not isinstance(space, spaces.Box) or space.dtype.kind != "f":
         raise ValueError(f"A3C here needs Discrete actions or a Box of real numbers, not {space}")
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    scale = np.where((low > -1e9) & (high < 1e9), (high - low) / 2, 1)  # beyond that, no bound is meant
-    center = np.where((low > -1e9) & (high < 1e9), low + scale, np.clip(0, low, high))
+    has_bounds = (low > -1e9) & (high < 1e9)  # beyond that, no bound is meant
+    scale = np.where(has_bounds, (high - low) / 2, 1)
+    center = np.where(has_bounds, low + scale, np.clip(0, low, high))
 
     def to_bounds(action: np.ndarray) -> np.ndarray:
         action = center + scale * action.reshape(space.shape)

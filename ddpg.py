@@ -216,7 +216,17 @@ class DDPG(nn.Module):
         self.critic = Critic(observation_size, action_space, args)
         self.target_actor = copy.deepcopy(self.actor) if args.target_network else self.actor
         self.target_critic = copy.deepcopy(self.critic) if args.target_network else self.critic
+        self.batch_norm = args.batch_norm
         self.eval()
+
+    def by_minibatch(self, network: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        """The outputs of a network whose own gradient is to be taken."""
+        if not self.batch_norm:
+            return network(*inputs)
+        network.train()
+        outputs = network(*inputs)
+        network.eval()
+        return outputs
 
 
 class ReplayBuffer:
@@ -273,30 +283,16 @@ class ReplayBuffer:
         self.rows[:known], self.count = rows[:known], count
 
 
-class GaussianNoise:
-    """N_t: independent normal numbers of mean 0."""
-
-    def __init__(self, size: int, rng: np.random.Generator):
-        self.size, self.rng = size, rng
-
-    def reset(self) -> None:
-        """A new episode begins."""
-
-    def sample(self, std: float) -> np.ndarray:
-        """N_t, of shape (size,), with the standard deviation `std`."""
-        return std * self.rng.standard_normal(self.size)
-
-
-class OrnsteinUhlenbeckNoise(GaussianNoise):
+class OrnsteinUhlenbeckNoise:
     """N_t = N_{t-1} - theta N_{t-1} + sigma xi, xi normal: noise with inertia (Lillicrap et al. 2016, section 3).
 
     Its mean is 0, its variance in the long run sigma^2 / (1 - (1 - theta)^2), its autocorrelation over k steps
-    (1 - theta)^k.
+    (1 - theta)^k. With theta = 1 it is Gaussian noise: independent normal numbers.
     """
 
     def __init__(self, size: int, rng: np.random.Generator, theta: float):
-        super().__init__(size, rng)
-        self.theta, self.state = theta, np.zeros(size)
+        self.size, self.rng, self.theta = size, rng, theta
+        self.reset()
 
     def reset(self) -> None:
         """A new episode begins: the process does so at 0."""
@@ -304,7 +300,7 @@ class OrnsteinUhlenbeckNoise(GaussianNoise):
 
     def sample(self, std: float) -> np.ndarray:
         """N_t, of shape (size,), with sigma = `std`."""
-        self.state = self.state - self.theta * self.state + super().sample(std)
+        self.state = self.state - self.theta * self.state + std * self.rng.standard_normal(self.size)
         return self.state
 
 
@@ -320,9 +316,7 @@ def critic_loss(model: DDPG, batch: list[torch.Tensor], gamma: float) -> tuple[t
     with torch.no_grad():
         next_values = model.target_critic(next_observations, model.target_actor(next_observations))
         y = td_target(rewards, next_values, terminated, gamma)
-    model.critic.train()
-    values = model.critic(observations, actions)
-    model.critic.eval()
+    values = model.by_minibatch(model.critic, observations, actions)
     assert values.shape == y.shape, (values.shape, y.shape)
     return F.mse_loss(values, y), values.detach().mean()
 
@@ -334,9 +328,7 @@ def actor_loss(model: DDPG, observations: torch.Tensor, logit_penalty: float) ->
     2016, equation 6). A policy of Discrete actions that is certain neither explores nor passes a gradient on: the mean
     of their squared logits, weighted by `logit_penalty`, is to be minimised, too.
     """
-    model.actor.train()
-    outputs = model.actor.net(observations)
-    model.actor.eval()
+    outputs = model.by_minibatch(model.actor.net, observations)
     minus_J = -model.critic(observations, model.actor.choose(outputs)).mean()
     return minus_J, (logit_penalty * outputs.square().mean() if model.actor.discrete else torch.zeros(()))
 
@@ -444,9 +436,8 @@ def main(args: Args) -> int:
         buffer.create(run.folder / "replay.npy")
         env = make_env(args.env_id)
         # Initialize a random process N for action exploration
-        noise = GaussianNoise(model.actor.action_size, rng)
-        if args.noise == "ou":
-            noise = OrnsteinUhlenbeckNoise(model.actor.action_size, rng, args.ou_theta)
+        theta = args.ou_theta if args.noise == "ou" else 1.0
+        noise = OrnsteinUhlenbeckNoise(model.actor.action_size, rng, theta)
         final_std = args.noise_std if args.final_noise_std is None else args.final_noise_std
         # Receive initial observation state s_1
         observation = np.array(env.reset(seed=int(rng.integers(2**31)))[0], np.float32)

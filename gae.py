@@ -102,8 +102,9 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     if not isinstance(space, spaces.Box) or space.dtype.kind != "f":
         raise ValueError(f"gae.py needs Discrete actions or a Box of real numbers, not {space}")
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    scale = np.where((low > -1e9) & (high < 1e9), (high - low) / 2, 1)  # beyond that, no bound is meant
-    center = np.where((low > -1e9) & (high < 1e9), low + scale, np.clip(0, low, high))
+    has_bounds = (low > -1e9) & (high < 1e9)  # beyond that, no bound is meant
+    scale = np.where(has_bounds, (high - low) / 2, 1)
+    center = np.where(has_bounds, low + scale, np.clip(0, low, high))
 
     def to_bounds(action: np.ndarray) -> np.ndarray:
         action = center + scale * action.reshape(space.shape)
@@ -287,8 +288,9 @@ def update_policy(model: ActorCritic, optimizer, inputs, actions, advantages, ar
 
         maximise g . x  subject to  1/2 x . F x <= max_kl       =>      x = sqrt(2 max_kl / (y . F y)) y,  y = F^-1 g
 
-    and a line search along x accepts the first point with a better L and a mean KL divergence of at most max_kl
-    (Schulman et al. 2015, Trust Region Policy Optimization, appendix C). If there is none, the policy stays.
+    where F is the Fisher matrix with cg_damping added to its diagonal. A line search along x accepts the first point
+    with a better L and a mean KL divergence of at most max_kl (Schulman et al. 2015, Trust Region Policy Optimization,
+    appendix C). If there is none, the policy stays.
 
     Args:
         inputs, actions: shapes (n, observation_size), normalised, and (n,) or (n, action_size).

@@ -173,10 +173,8 @@ class Trial:
         self.expect(step <= rows + without_row, f"checkpoint of step {step}, but the last row has {rows}")
         if saved and code != 2:
             self.expect(step >= rows, f"checkpoint of step {step}, older than the last row's {rows}")
-            episodes, unfinished = (
-                max(steps[0], default=-1),
-                400 if self.script == "gae" else 0,
-            )  # a batch counts when whole
+            episodes = max(steps[0], default=-1)
+            unfinished = 400 if self.script == "gae" else 0  # a batch counts when whole
             self.expect(step >= episodes - unfinished, f"checkpoint of step {step}, an episode is of {episodes}")
         if code == 0:
             self.expect(step >= self.total, f"exit code 0 at step {step} of {self.total}")
@@ -283,10 +281,10 @@ def two_signals(trial: Trial) -> None:
     pause = trial.random.choice([0.0, trial.random.uniform(0, 0.01), trial.random.uniform(0, 0.3)])
     trial.wait()
     allowed = [0]
-    for i in range(2):
+    for _ in range(2):
         number, to_group = trial.random.choice([signal.SIGINT, signal.SIGTERM]), trial.random.random() < 0.5
         trial.moment += f"{number.name}{' to the group' if to_group else ''} "
-        allowed += [128 + number, *([-number] * (i == 1 or trial.is_unguarded()))]
+        allowed += [128 + number, *([-number] * trial.is_unguarded())]
         trial.send(number, to_group)
         time.sleep(pause)
     trial.moment += f"{pause:.3f} s apart "

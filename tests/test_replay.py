@@ -3,7 +3,6 @@
 import math
 import re
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ddpg
-from ddpg import DDPG, Args, GaussianNoise, OrnsteinUhlenbeckNoise, ReplayBuffer
+from ddpg import DDPG, Args, OrnsteinUhlenbeckNoise, ReplayBuffer
 
 BOX, LOW, HIGH = spaces.Box(-1, 1, (2,)), probes.BOUNDED.low, probes.BOUNDED.high
 
@@ -44,7 +43,7 @@ def test_random_actions_are_uniform():
 def test_noise(theta, std):
     """Ornstein-Uhlenbeck noise, which with theta = 1 is Gaussian. Tolerances: five standard errors of 2000 numbers."""
     rng, phi = np.random.default_rng(0), 1 - theta
-    noise = OrnsteinUhlenbeckNoise(2000, rng, theta) if theta < 1 else GaussianNoise(2000, rng)
+    noise = OrnsteinUhlenbeckNoise(2000, rng, theta)
     samples = np.array([noise.sample(std) for _ in range(60)])
     for t in 1, 2, 3, 60:  # from 0 on, the variance grows
         variance, x = std**2 * (1 - phi ** (2 * t)) / (1 - phi**2), samples[t - 1]
@@ -76,8 +75,7 @@ class Play:
         monkeypatch.setattr(ddpg.Run, "save", look_and_save)
         monkeypatch.setattr(ddpg, "last_layer", lambda outputs: nn.Linear(ddpg.HIDDEN, outputs))  # far from 0
         monkeypatch.setattr(ddpg, "update", self.update)
-        for kind in "GaussianNoise", "OrnsteinUhlenbeckNoise":
-            monkeypatch.setattr(ddpg, kind, partial(self.noise, kind))
+        monkeypatch.setattr(ddpg, "OrnsteinUhlenbeckNoise", self.noise)
         arguments = {"learning_starts": 30, "total_timesteps": 260, "log_interval": 100, "batch_size": 6} | arguments
         self.code, self.folder = train(ddpg, env_id=f"probes:{env_id}-v0", **arguments)
         self.log, self.rows = probes.Script.log, np.load(self.folder / "replay.npy")
@@ -93,9 +91,9 @@ class Play:
             weight.grad[0, 0], bias.grad[0] = 3.0 * scale, 4.0 * scale
         return {"critic_loss": torch.tensor(1.0 * T), "actor_loss": torch.tensor(-T), "q_values": torch.tensor(2 * T)}
 
-    def noise(self, *of) -> SimpleNamespace:
+    def noise(self, size, rng, theta) -> SimpleNamespace:
         """-std in one dimension, std in the other."""
-        self.noises.append((of[0], of[1], *of[3:]))
+        self.noises.append((size, theta))
 
         def sample(std):
             self.samples.append((len(probes.Script.log), std))
@@ -148,7 +146,7 @@ def test_the_loop(monkeypatch, train, env_id, options):
         np.testing.assert_allclose(a[30:], np.clip(expected, -1, 1), atol=1e-5)
         assert {-1, 1} < set(a[30:].ravel())
         assert np.abs(a[:30]).max() > 0.9
-        assert play.noises[-1] == (("OrnsteinUhlenbeckNoise", 2, 0.4) if args.noise == "ou" else ("GaussianNoise", 2))
+        assert play.noises[-1] == (2, 0.4 if args.noise == "ou" else 1.0)
     # minibatches: one for each step, of what is stored by then
     number, drawn = {row.tobytes(): i for i, row in enumerate(play.rows)}, []
     for T, batch, _ in play.updates:
