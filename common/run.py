@@ -77,7 +77,7 @@ class Run:
     def __init__(self, script: str, args, metrics: dict[str, str], facts: dict, checkpoint: dict | None):
         self.script, self.args, self.families = script, args, metrics
         self.stopped, self.exit_code = False, 0
-        self.folder = Path(args.resume) if checkpoint else _new_folder(args, script)
+        self.folder = _new_folder(args, script) if args.resume is None else Path(args.resume)
         (self.folder / "evaluation.json").unlink(missing_ok=True)  # of a policy that is about to change
         versions = {name: version(name) for name in ("torch", "gymnasium", "numpy")}
         facts |= {"versions": versions | {"python": sys.version.split()[0]}, "cores": os.cpu_count(), "gil": has_gil()}

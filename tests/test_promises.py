@@ -234,6 +234,13 @@ def test_resume_goes_on_from_the_checkpoint(train, command, script):
     assert not (folder / "evaluation.json").exists()  # it was of the policy before
 
 
+def test_a_run_goes_on_in_the_current_folder(train, command, monkeypatch):
+    _, folder = train(a3c, total_timesteps=20)
+    monkeypatch.chdir(folder)
+    assert command(a3c, *as_options(resume="", total_timesteps=60, eval_episodes=0)) == 0
+    assert load(folder)["step"] > 60
+
+
 @each_script()
 def test_a_copy_under_another_name_has_runs_of_its_own(tmp_path, monkeypatch, script):
     path = shutil.copy(script.__file__, tmp_path / "my_copy.py")
