@@ -169,7 +169,8 @@ class Run:
         Raises:
             FloatingPointError: a tensor is not finite. The old checkpoint stays.
         """
-        if not all(leaf.isfinite().all() for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)):
+        # By numpy, because workers may be writing: torch compares each number with itself, and would find it changed.
+        if not all(np.isfinite(leaf.numpy()).all() for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)):
             raise FloatingPointError(f"a parameter is not finite at step {step:,}: the checkpoint before it stays")
         about = {"script": self.script, "args": vars(self.args), "step": step, "seconds": self.seconds()}
         torch.save(about | state, self.folder / "checkpoint.tmp")

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import signal
+import threading
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -188,6 +189,24 @@ def test_a_checkpoint_is_whole_or_the_one_before(new_run, monkeypatch):
     run.save(30, g=torch.zeros(1))
     assert load(run.folder)["step"] == 30
     assert not list(run.folder.glob("*.tmp"))
+
+
+def test_numbers_that_change_meanwhile_are_finite(new_run):
+    run, g, stop = new_run(), torch.zeros(200_000), threading.Event()
+
+    def write():
+        while not stop.is_set():
+            g.add_(1e-3)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        for step in range(50):
+            run.save(step, g=g)
+    finally:
+        stop.set()
+        thread.join()
+    assert load(run.folder)["step"] == 49
 
 
 def test_rows_tell_step_time_and_speed(new_run, monkeypatch):
