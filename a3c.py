@@ -18,8 +18,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gymnasium import spaces
-from gymnasium.wrappers import FlattenObservation, RecordEpisodeStatistics, TransformAction
+from gymnasium import spaces, wrappers
+from gymnasium.wrappers import TransformAction
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -37,7 +37,8 @@ MIN_VARIANCE = 0.01  # added to a Gaussian policy's variance: the smaller that i
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"
-    """environment: any id that gymnasium.make takes, `module:Env-v0` included"""
+    """environment: any id that gymnasium.make takes, `module:Env-v0` included; with images, too: MinAtar/Breakout-v1,
+    ale_py:PongNoFrameskip-v4"""
     seed: NonNegativeInt = 1
     """seed of everything random; with one worker, the same seed gives the same run"""
     total_timesteps: PositiveInt = 200_000
@@ -64,6 +65,8 @@ class Args:
     """decay of RMSProp's mean of squared gradients"""
     rmsprop_eps: PositiveFloat = 0.1
     """RMSProp's epsilon, inside the root"""
+    screen_size: PositiveInt = 42
+    """width and height that Atari's screen is reduced to; the paper's 84 takes longer"""
     log_interval: PositiveInt = 5_000
     """steps between two rows of metrics.csv, and between two checkpoints"""
     log_dir: str = "runs"
@@ -78,8 +81,24 @@ class Args:
     """a run's folder: go on from its checkpoint, with its arguments, to --total-timesteps (annealing follows that)"""
 
 
-def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
-    """The environment, with flat observations and with actions as the network gives them.
+def is_image(space: spaces.Space) -> bool:
+    """Whether observations are images: three dimensions of bytes or of bools."""
+    return isinstance(space, spaces.Box) and len(space.shape) == 3 and space.dtype in (np.uint8, np.bool_)
+
+
+class Film(gym.Wrapper):
+    """Renders MinAtar's 10x10 colours, numbers from 0 to 1, as squares of bytes."""
+
+    def render(self) -> np.ndarray:
+        return np.kron((255 * self.env.render()).astype(np.uint8), np.ones((16, 16, 1), np.uint8))
+
+
+def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42) -> gym.Env:
+    """The environment, with observations and actions as the network takes and gives them.
+
+    Images stay bytes or bools, with channels first. Atari is played as in the paper: up to 30 steps of nothing at the
+    start, each action for 4 frames, of which the last two are merged, grey, and four such images stacked; rewards are
+    clipped to [-1, 1]. All other observations become vectors.
 
     A Box of actions becomes flat, too; -1 and 1 stand for its bounds, and what lies outside of these is clipped.
     Discrete actions count from 0.
@@ -87,13 +106,35 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     Raises:
         ValueError: the script cannot play it.
     """
-    env = gym.make(env_id, disable_env_checker=True, **({"render_mode": render_mode} if render_mode else {}))
-    env = RecordEpisodeStatistics(env)
+    options = {"render_mode": render_mode} if render_mode else {}
+    is_atari, is_minatar = env_id.startswith(("ale_py:", "ALE/")), env_id.startswith("MinAtar/")
+    if is_atari:
+        with failing(f'{env_id} needs pip install "gymnasium[atari]" opencv-python-headless'):
+            import ale_py  # noqa: F401
+            import cv2  # noqa: F401
+        options |= {"frameskip": 1, "obs_type": "grayscale"}  # AtariPreprocessing skips frames
+    if is_minatar and env_id not in gym.registry:
+        with failing(f"{env_id} needs pip install MinAtar"):
+            import minatar.gym
+        minatar.gym.register_envs()
+    env = gym.make(env_id, disable_env_checker=True, **options)
+    env = Film(env) if is_minatar and render_mode else env
+    env = wrappers.AtariPreprocessing(env, screen_size=screen_size) if is_atari else env
+    env = wrappers.RecordEpisodeStatistics(env)  # the game's own score, before rewards are clipped
+    if is_atari:
+        env = wrappers.TransformReward(wrappers.FrameStackObservation(env, 4), lambda reward: np.clip(reward, -1, 1))
     space = env.observation_space
-    if not isinstance(space, spaces.Box) or len(space.shape) != 1:
+    if is_image(space):
+        if space.shape[0] >= min(space.shape[1:]):  # the channels come last
+            low, high = np.moveaxis(space.low, -1, 0), np.moveaxis(space.high, -1, 0)
+            space = spaces.Box(low, high, dtype=space.dtype)
+            env = wrappers.TransformObservation(env, lambda image: np.moveaxis(image, -1, 0), space)
+        if min(space.shape[1:]) < 3:
+            raise ValueError(f"its images have a side of less than 3: {space}")
+    elif not isinstance(space, spaces.Box) or len(space.shape) != 1:
         if not space.is_np_flattenable or space.dtype == np.uint8:
             raise ValueError(f"its observations do not flatten to a vector: {space}")
-        env = FlattenObservation(env)
+        env = wrappers.FlattenObservation(env)
     space = env.action_space
     if isinstance(space, spaces.Discrete):
         return env if space.start == 0 else TransformAction(env, lambda a: space.start + a, spaces.Discrete(space.n))
@@ -120,36 +161,74 @@ def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+class ToFloat(nn.Module):
+    """Bytes as numbers from 0 to 1, bools as 0 or 1."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images / (255 if images.dtype == torch.uint8 else 1)
+
+
+def image_layers(shape: tuple[int, ...]) -> nn.Sequential:
+    """Layers for images of `shape` (channels, height, width): one convolution and 128 units for MinAtar's size.
+
+    Larger ones get four convolutions and 256 units: on 42x42 pixels these learn Pong, and the paper's two do not, whose
+    filters of 8x8 pixels are made for 84x84.
+    """
+    channels, height, width = shape
+    layers, units = [ToFloat(), nn.Conv2d(channels, 16, 3), nn.ReLU()], 128
+    if max(height, width) > 20:
+        layers, units = [ToFloat()], 256
+        for inputs in (channels, 32, 32, 32):
+            layers += [nn.Conv2d(inputs, 32, 3, stride=2, padding=1), nn.ELU()]
+    layers.append(nn.Flatten())
+    features = nn.Sequential(*layers)(torch.zeros(1, *shape)).shape[1]
+    return nn.Sequential(*layers, nn.Linear(features, units), nn.ReLU())
+
+
 class ActorCritic(nn.Module):
     """The policy pi(a|s; theta) and the value function V(s; theta_v).
 
     A Discrete policy is a softmax. A Box policy is a Gaussian whose mean and variance (a softplus, plus MIN_VARIANCE)
-    are outputs of the network.
+    are outputs of the network. Where observations are images, policy and value share all but the last layer.
 
     The attribute `theta` is one vector with the lecture's theta and theta_v, of which every parameter is a view: who
     writes to it changes the networks. Processes can share it.
     """
 
-    def __init__(self, observation_size: int, action_space: spaces.Space):
+    def __init__(self, observation_shape: tuple[int, ...], action_space: spaces.Space):
         super().__init__()
         self.discrete = isinstance(action_space, spaces.Discrete)
         outputs = int(action_space.n) if self.discrete else 2 * action_space.shape[0]
-        self.actor, self.critic = mlp(observation_size, outputs, gain=0.01), mlp(observation_size, 1, gain=1.0)
+        if len(observation_shape) == 3:
+            self.body = image_layers(observation_shape)
+            units = self.body[-2].out_features
+            self.actor, self.critic = nn.Linear(units, outputs), nn.Linear(units, 1)
+        else:
+            self.body, size = nn.Identity(), observation_shape[0]
+            self.actor, self.critic = mlp(size, outputs, gain=0.01), mlp(size, 1, gain=1.0)
         self.theta = parameters_to_vector(self.parameters()).detach().share_memory_()
         vector_to_parameters(self.theta, self.parameters())
-        # The actor again, as numpy views of the same memory: for a single observation it takes a sixth of torch's time.
-        self.layers = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in self.actor[::2]]
+        # For vectors, the actor again, as numpy views of the same memory: for one of them it takes a sixth of the time.
+        layers = [] if len(observation_shape) == 3 else self.actor[::2]
+        self.layers = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in layers]
 
-    def act(self, observation: np.ndarray, rng: np.random.Generator | None = None):
-        """Draw a ~ pi(a|s; theta) for one observation, shape (observation_size,); without `rng` take the likeliest.
-
-        Returns an index, or the Gaussian's draw, shape (action_size,).
-        """
+    def outputs(self, observation: np.ndarray) -> np.ndarray:
+        """The actor's outputs for one observation."""
+        if not self.layers:
+            with torch.inference_mode():
+                return self.actor(self.body(torch.from_numpy(observation[None])))[0].numpy()
         x = observation
         for weight, bias in self.layers[:-1]:
             x = np.tanh(weight @ x + bias)
         weight, bias = self.layers[-1]
-        x = weight @ x + bias
+        return weight @ x + bias
+
+    def act(self, observation: np.ndarray, rng: np.random.Generator | None = None):
+        """Draw a ~ pi(a|s; theta) for one observation, a vector or an image; without `rng` take the likeliest.
+
+        Returns an index, or the Gaussian's draw, shape (action_size,).
+        """
+        x = self.outputs(observation)
         if self.discrete:  # argmax of the logits plus Gumbel noise (minus the log of an exponential variable): a draw
             return int((x if rng is None else x - np.log(rng.standard_exponential(len(x)))).argmax())
         mean, raw_variance = x[: len(x) // 2], x[len(x) // 2 :]
@@ -157,12 +236,12 @@ class ActorCritic(nn.Module):
             return mean
         return mean + np.sqrt(np.logaddexp(0, raw_variance) + MIN_VARIANCE) * rng.standard_normal(len(mean))
 
-    def log_prob_and_entropy(self, observations: torch.Tensor, actions: torch.Tensor):
+    def log_prob_and_entropy(self, features: torch.Tensor, actions: torch.Tensor):
         """log pi(a|s; theta) and the entropy H[pi(.|s; theta)], two tensors of shape (n,).
 
-        `observations` has shape (n, observation_size); `actions` (n,), int64, or (n, action_size).
+        `features` has shape (n, features); `actions` (n,), int64, or (n, action_size).
         """
-        outputs = self.actor(observations)
+        outputs = self.actor(features)
         if self.discrete:
             log_probs = F.log_softmax(outputs, dim=-1)
             log_prob = log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
@@ -198,7 +277,7 @@ def a3c_loss(model: ActorCritic, observations, actions, rewards: list[float], te
 
     Args:
         model: theta' and theta'_v.
-        observations: s_{t_start}, ..., s_t, shape (n + 1, observation_size).
+        observations: s_{t_start}, ..., s_t, shape (n + 1, observation_size) or (n + 1, *image).
         actions: a_{t_start}, ..., a_{t - 1} as `ActorCritic.act` returns them, shape (n,) or (n, action_size).
         rewards: r_{t_start}, ..., r_{t - 1}.
         terminated: whether s_t is terminal; at a time limit it is not.
@@ -207,11 +286,11 @@ def a3c_loss(model: ActorCritic, observations, actions, rewards: list[float], te
     Returns:
         The loss, a scalar tensor, and the means over the steps of policy loss, value loss, entropy and value, by name.
     """
-    n = len(rewards)
-    values = model.critic(observations).squeeze(-1)
+    n, features = len(rewards), model.body(observations)
+    values = model.critic(features).squeeze(-1)
     # R = 0 for terminal s_t, V(s_t; theta'_v) for non-terminal s_t
     returns = n_step_returns(rewards, 0.0 if terminated else values[-1].item(), args.gamma)
-    log_prob, entropy = model.log_prob_and_entropy(observations[:-1], actions)
+    log_prob, entropy = model.log_prob_and_entropy(features[:-1], actions)
     advantages = returns - values[:-1]
     assert advantages.shape == log_prob.shape == entropy.shape == (n,), (advantages.shape, log_prob.shape)
     # d theta <- d theta + grad log pi(a_i|s_i; theta') (R - V(s_i; theta'_v)); minus: a loss; R - V is a constant here
@@ -311,10 +390,11 @@ def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> 
     """
     follow_parent()
     torch.set_num_threads(1)
-    env = make_env(args.env_id)
-    model = ActorCritic(env.observation_space.shape[0], env.action_space)
+    env = make_env(args.env_id, screen_size=args.screen_size)
+    space = env.observation_space
+    model = ActorCritic(space.shape, env.action_space)
     parameters = list(model.parameters())
-    observations = np.empty((args.t_max + 1, *env.observation_space.shape), np.float32)
+    observations = np.empty((args.t_max + 1, *space.shape), space.dtype if is_image(space) else np.float32)
     observations[0], _ = env.reset(seed=int(rng.integers(2**31)))
 
     while (T := shared.T) <= args.total_timesteps and not shared.stop.value:  # until T > T_max
@@ -357,15 +437,16 @@ def main(args: Args) -> int:
     check_args(args)
     checkpoint = load_checkpoint(args, SCRIPT)
     with failing(f"{args.env_id} cannot be used"):
-        eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
+        eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None, args.screen_size)
     if args.capture_video:
         check_film(eval_env)
     seed_everything(args.seed, 0)
-    model = ActorCritic(eval_env.observation_space.shape[0], eval_env.action_space)
+    model = ActorCritic(eval_env.observation_space.shape, eval_env.action_space)
     auto = "process" if has_gil() and args.num_workers > 1 else "thread"
     backend = auto if args.backend == "auto" else args.backend
     context = torch.multiprocessing.get_context(START_METHOD)
-    context.set_forkserver_preload(["torch", "gymnasium", "tyro", "tqdm"])
+    games = [name for name in ("ale_py", "cv2", "minatar.gym") if name in sys.modules]
+    context.set_forkserver_preload(["torch", "gymnasium", "tyro", "tqdm", *games])
     shared = Shared(model.theta, args, context.SimpleQueue)
     if checkpoint:
         with failing(f"the checkpoint does not fit {args.env_id} as it is installed here"):

@@ -18,8 +18,8 @@ from typing import Literal
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium import spaces
-from gymnasium.wrappers import FlattenObservation, RecordEpisodeStatistics, TransformAction
+from gymnasium import spaces, wrappers
+from gymnasium.wrappers import TransformAction
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -36,7 +36,8 @@ PATIENCE_SECONDS = 60.0  # how long a worker may be without progress once the ru
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"
-    """environment: any id that gymnasium.make takes, `module:Env-v0` included"""
+    """environment: any id that gymnasium.make takes, `module:Env-v0` included; with images, too: MinAtar/Breakout-v1,
+    ale_py:PongNoFrameskip-v4"""
     seed: NonNegativeInt = 1
     """seed of everything random; with one worker, the same seed gives the same run"""
     total_timesteps: PositiveInt = 500_000
@@ -71,6 +72,8 @@ class Args:
     """decay of RMSProp's mean of squared gradients"""
     rmsprop_eps: PositiveFloat = 10.0
     """RMSProp's epsilon, inside the root"""
+    screen_size: PositiveInt = 42
+    """width and height that Atari's screen is reduced to; the paper's 84 takes longer"""
     log_interval: PositiveInt = 5_000
     """steps between two rows of metrics.csv, and between two checkpoints"""
     log_dir: str = "runs"
@@ -85,52 +88,122 @@ class Args:
     """a run's folder: go on from its checkpoint, with its arguments, to --total-timesteps (annealing follows that)"""
 
 
-def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
-    """The environment, with flat observations and with Discrete actions that count from 0.
+def is_image(space: spaces.Space) -> bool:
+    """Whether observations are images: three dimensions of bytes or of bools."""
+    return isinstance(space, spaces.Box) and len(space.shape) == 3 and space.dtype in (np.uint8, np.bool_)
+
+
+class Film(gym.Wrapper):
+    """Renders MinAtar's 10x10 colours, numbers from 0 to 1, as squares of bytes."""
+
+    def render(self) -> np.ndarray:
+        return np.kron((255 * self.env.render()).astype(np.uint8), np.ones((16, 16, 1), np.uint8))
+
+
+def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42) -> gym.Env:
+    """The environment, with observations as the network takes them and with Discrete actions that count from 0.
+
+    Images stay bytes or bools, with channels first. Atari is played as in the paper: up to 30 steps of nothing at the
+    start, each action for 4 frames, of which the last two are merged, grey, and four such images stacked; rewards are
+    clipped to [-1, 1]. All other observations become vectors.
 
     Raises:
         ValueError: the script cannot play it.
     """
-    env = gym.make(env_id, disable_env_checker=True, **({"render_mode": render_mode} if render_mode else {}))
-    env = RecordEpisodeStatistics(env)
+    options = {"render_mode": render_mode} if render_mode else {}
+    is_atari, is_minatar = env_id.startswith(("ale_py:", "ALE/")), env_id.startswith("MinAtar/")
+    if is_atari:
+        with failing(f'{env_id} needs pip install "gymnasium[atari]" opencv-python-headless'):
+            import ale_py  # noqa: F401
+            import cv2  # noqa: F401
+        options |= {"frameskip": 1, "obs_type": "grayscale"}  # AtariPreprocessing skips frames
+    if is_minatar and env_id not in gym.registry:
+        with failing(f"{env_id} needs pip install MinAtar"):
+            import minatar.gym
+        minatar.gym.register_envs()
+    env = gym.make(env_id, disable_env_checker=True, **options)
+    env = Film(env) if is_minatar and render_mode else env
+    env = wrappers.AtariPreprocessing(env, screen_size=screen_size) if is_atari else env
+    env = wrappers.RecordEpisodeStatistics(env)  # the game's own score, before rewards are clipped
+    if is_atari:
+        env = wrappers.TransformReward(wrappers.FrameStackObservation(env, 4), lambda reward: np.clip(reward, -1, 1))
     space = env.observation_space
-    if not isinstance(space, spaces.Box) or len(space.shape) != 1:
+    if is_image(space):
+        if space.shape[0] >= min(space.shape[1:]):  # the channels come last
+            low, high = np.moveaxis(space.low, -1, 0), np.moveaxis(space.high, -1, 0)
+            space = spaces.Box(low, high, dtype=space.dtype)
+            env = wrappers.TransformObservation(env, lambda image: np.moveaxis(image, -1, 0), space)
+        if min(space.shape[1:]) < 3:
+            raise ValueError(f"its images have a side of less than 3: {space}")
+    elif not isinstance(space, spaces.Box) or len(space.shape) != 1:
         if not space.is_np_flattenable or space.dtype == np.uint8:
             raise ValueError(f"its observations do not flatten to a vector: {space}")
-        env = FlattenObservation(env)
+        env = wrappers.FlattenObservation(env)
     space = env.action_space
     if not isinstance(space, spaces.Discrete):
         raise ValueError(f"Q-learning needs Discrete actions (ddpg.py takes a Box), not {space}")
     return env if space.start == 0 else TransformAction(env, lambda a: space.start + a, spaces.Discrete(space.n))
 
 
+class ToFloat(nn.Module):
+    """Bytes as numbers from 0 to 1, bools as 0 or 1."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images / (255 if images.dtype == torch.uint8 else 1)
+
+
+def image_layers(shape: tuple[int, ...]) -> nn.Sequential:
+    """Layers for images of `shape` (channels, height, width): one convolution and 128 units for MinAtar's size.
+
+    Larger ones get four convolutions and 256 units: on 42x42 pixels these learn Pong, and the paper's two do not, whose
+    filters of 8x8 pixels are made for 84x84.
+    """
+    channels, height, width = shape
+    layers, units = [ToFloat(), nn.Conv2d(channels, 16, 3), nn.ReLU()], 128
+    if max(height, width) > 20:
+        layers, units = [ToFloat()], 256
+        for inputs in (channels, 32, 32, 32):
+            layers += [nn.Conv2d(inputs, 32, 3, stride=2, padding=1), nn.ELU()]
+    layers.append(nn.Flatten())
+    features = nn.Sequential(*layers)(torch.zeros(1, *shape)).shape[1]
+    return nn.Sequential(*layers, nn.Linear(features, units), nn.ReLU())
+
+
 class QNetwork(nn.Module):
-    """The action values Q(s, a; theta): two hidden layers of 64 units, an output for each action.
+    """The action values Q(s, a; theta), one for each action: of a vector by two hidden layers of 64 units.
 
     The attribute `theta` is one vector of which every parameter is a view: who writes to it changes the network.
 
     Args:
-        observation_size: numbers in an observation.
+        shape: of an observation, a vector or an image.
         num_actions: the actions' number.
         theta: the vector to be a view of; without it, a new one with initial weights, which processes can share.
     """
 
-    def __init__(self, observation_size: int, num_actions: int, theta: torch.Tensor | None = None):
+    def __init__(self, shape: tuple[int, ...], num_actions: int, theta: torch.Tensor | None = None):
         super().__init__()
-        layers = [nn.Linear(observation_size, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, num_actions)]
-        for layer, gain in zip(layers[::2], (math.sqrt(2), math.sqrt(2), 1.0), strict=True):
-            nn.init.orthogonal_(layer.weight, gain)
-            nn.init.zeros_(layer.bias)
-        self.q = nn.Sequential(*layers)  # Q(s, .; theta), shape (n, actions), of observations (n, observation_size)
+        if len(shape) == 3:
+            body, layers = image_layers(shape), []
+            self.q = nn.Sequential(*body, nn.Linear(body[-2].out_features, num_actions))
+        else:
+            layers = [nn.Linear(shape[0], 64), nn.Linear(64, 64), nn.Linear(64, num_actions)]
+            for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), 1.0), strict=True):
+                nn.init.orthogonal_(layer.weight, gain)
+                nn.init.zeros_(layer.bias)
+            self.q = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+        # self.q is Q(s, .; theta), shape (n, actions), of n observations
         self.theta = parameters_to_vector(self.parameters()).detach().share_memory_() if theta is None else theta
         vector_to_parameters(self.theta, self.parameters())
-        # The same as numpy views of the same memory: for a single observation that takes a sixth of torch's time.
-        self.layers = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in layers[::2]]
+        # For vectors the same as numpy views of the same memory: for one of them that takes a sixth of torch's time.
+        self.layers = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in layers]
 
     def act(self, observation: np.ndarray, epsilon: float = 0.0, rng: np.random.Generator | None = None) -> int:
-        """The index of an epsilon-greedy action for one observation, shape (observation_size,)."""
+        """The index of an epsilon-greedy action for one observation, a vector or an image."""
         if epsilon and rng.random() < epsilon:
             return int(rng.random() * self.q[-1].out_features)
+        if not self.layers:
+            with torch.inference_mode():
+                return int(self.q(torch.from_numpy(observation[None])).argmax())
         x = observation
         for weight, bias in self.layers[:-1]:
             x = np.tanh(weight @ x + bias)
@@ -163,7 +236,7 @@ def q_loss(model: QNetwork, target: QNetwork, observations, actions, rewards, te
 
     Args:
         model, target: theta and theta-.
-        observations: s of each step and s' of the last one, shape (n + 1, observation_size).
+        observations: s of each step and s' of the last one, shape (n + 1, observation_size) or (n + 1, *image).
         actions: a of each step, shape (n,); for SARSA also a' of the last s', shape (n + 1,).
         rewards: shape (n,).
         terminated: whether the last s' is terminal; at a time limit it is not.
@@ -302,12 +375,14 @@ def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> 
     """
     follow_parent()
     torch.set_num_threads(1)
-    env = make_env(args.env_id)
-    sizes = env.observation_space.shape[0], int(env.action_space.n)
+    env = make_env(args.env_id, screen_size=args.screen_size)
+    space = env.observation_space
+    sizes = space.shape, int(env.action_space.n)
     model, target = QNetwork(*sizes, shared.theta), QNetwork(*sizes, shared.theta_target)
     parameters = list(model.parameters())
     final_epsilon = final_epsilons(args)[index]
-    observations = np.empty((args.train_frequency + 1, *env.observation_space.shape), np.float32)
+    dtype = space.dtype if is_image(space) else np.float32
+    observations = np.empty((args.train_frequency + 1, *space.shape), dtype)
     observations[0], _ = env.reset(seed=int(rng.integers(2**31)))
     actions, rewards, t = [], [], 0
 
@@ -357,15 +432,16 @@ def main(args: Args) -> int:
         fail(f"--final-epsilon-probs must be {len(args.final_epsilons)} numbers that sum to 1")
     checkpoint = load_checkpoint(args, SCRIPT)
     with failing(f"{args.env_id} cannot be used"):
-        eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
+        eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None, args.screen_size)
     if args.capture_video:
         check_film(eval_env)
     seed_everything(args.seed, 0)
-    model = QNetwork(eval_env.observation_space.shape[0], int(eval_env.action_space.n))
+    model = QNetwork(eval_env.observation_space.shape, int(eval_env.action_space.n))
     auto = "process" if has_gil() and args.num_workers > 1 else "thread"
     backend = auto if args.backend == "auto" else args.backend
     context = torch.multiprocessing.get_context(START_METHOD)
-    context.set_forkserver_preload(["torch", "gymnasium", "tyro", "tqdm"])
+    games = [name for name in ("ale_py", "cv2", "minatar.gym") if name in sys.modules]
+    context.set_forkserver_preload(["torch", "gymnasium", "tyro", "tqdm", *games])
     shared = Shared(model.theta, args, context.SimpleQueue)
     if checkpoint:
         with failing(f"the checkpoint does not fit {args.env_id} as it is installed here"):

@@ -24,7 +24,7 @@ def evaluate(policy: Callable, env: gym.Env, args, folder: Path) -> tuple[str, f
     """Play `args.eval_episodes` episodes and write evaluation.json into `folder`.
 
     Args:
-        policy: maps an observation, a float32 vector, to an action of `env`.
+        policy: maps an observation, a float32 vector or an image as it is, to an action of `env`.
         env: not stepped before; its `RecordEpisodeStatistics` wrapper counts the score.
         args: `seed`, `eval_episodes`, and `capture_video`, which films the first three episodes.
         folder: the run's.
@@ -36,12 +36,12 @@ def evaluate(policy: Callable, env: gym.Env, args, folder: Path) -> tuple[str, f
         return "no evaluation", None
     if args.capture_video:
         env = gym.wrappers.RecordVideo(env, str(folder / "videos"), episode_trigger=lambda i: i < 3)
-    returns = []
+    returns, dtype = [], np.float32 if len(env.observation_space.shape) == 1 else None
     for episode in range(args.eval_episodes):
         # one seed for all episodes, and none of the workers', which are below 2^31
         observation, _ = env.reset(seed=2**31 + args.seed if episode == 0 else None)
         for _ in range(env.spec.max_episode_steps or 10_000):  # without a limit, a policy may walk in circles for ever
-            observation, _, terminated, truncated, _ = env.step(policy(np.asarray(observation, np.float32)))
+            observation, _, terminated, truncated, _ = env.step(policy(np.asarray(observation, dtype)))
             if terminated or truncated:
                 break
         returns.append(float(env.get_wrapper_attr("episode_returns")))

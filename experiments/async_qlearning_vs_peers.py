@@ -99,7 +99,7 @@ def train_dqn(steps: int, threads: int, seed: int, folder: Path) -> None:
 def greedy_policy(copy: dict) -> Callable:
     """The policy of a checkpoint of ours, or of a copy of SB3's network."""
     if "script" in copy:
-        network = async_qlearning.QNetwork(4, 2)
+        network = async_qlearning.QNetwork((4,), 2)
         network.load_state_dict(copy["model"])
         return network.act
     network = nn.Sequential(nn.Linear(4, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2))

@@ -23,7 +23,7 @@ SPACES = [spaces.Discrete(3), spaces.Box(-inf, inf, (2,))]
 def make_model(space: spaces.Space, seed: int = 0) -> ActorCritic:
     """A network for three observed numbers, far from its uniform start."""
     torch.manual_seed(seed)
-    model = ActorCritic(3, space)
+    model = ActorCritic((3,), space)
     model.theta.add_(0.3 * torch.randn_like(model.theta))
     return model
 
@@ -84,8 +84,8 @@ def test_spaces_are_flat_or_refused(monkeypatch):
         assert make_env("probes:Constant-v0").observation_space.shape == (size,)
     assert make_env("probes:DictObservation-v0").reset()[0].shape == (11,)
     monkeypatch.setattr(probes.Constant, "action_space", spaces.Tuple([spaces.Discrete(2)]))
-    for name in "Images", "Words", "Constant", "ManyActions", "IntegerBox":
-        with pytest.raises(ValueError, match=r"observations|actions"):
+    for name in "NarrowImages", "Words", "Constant", "ManyActions", "IntegerBox":
+        with pytest.raises(ValueError, match=r"observations|images|actions"):
             make_env(f"probes:{name}-v0")
     env = make_env("CartPole-v1", "rgb_array")
     assert (env.render_mode, "Checker" in str(env)) == ("rgb_array", False)
@@ -118,7 +118,7 @@ def test_actions_are_drawn_from_the_policy(space):
 
 
 def test_initial_weights_are_orthogonal():
-    model = ActorCritic(3, SPACES[1])
+    model = ActorCritic((3,), SPACES[1])
     layers, gains = [*model.actor[::2], *model.critic[::2]], [sqrt(2), sqrt(2), 0.01, sqrt(2), sqrt(2), 1.0]
     scales = [torch.linalg.svdvals(layer.weight) for layer in layers]
     torch.testing.assert_close(scales, [torch.full_like(s, gain) for s, gain in zip(scales, gains, strict=True)])
@@ -202,7 +202,7 @@ def work(env_id: str, shared_class=Shared, **arguments) -> tuple[ActorCritic, Sh
     args = Args(env_id=f"probes:{env_id}-v0", t_max=5, **arguments)
     env = make_env(args.env_id)
     torch.manual_seed(0)
-    model = ActorCritic(env.observation_space.shape[0], env.action_space)
+    model = ActorCritic(env.observation_space.shape, env.action_space)
     shared = shared_class(model.theta, args, SimpleQueue)
     a3c.worker(args.num_workers - 1, args, shared, np.random.default_rng(3))
     return model, shared
@@ -300,7 +300,7 @@ def test_workers_train_one_network(tmp_path, backend):
     assert checkpoint["step"] == len(episodes) > 1000  # each episode is one step; none is lost
     assert len(set(episodes["worker"])) > 1
     assert (folder / "metrics.csv").read_text().count("\n") > 1  # a row below the header: their metrics arrive
-    model = ActorCritic(1, spaces.Discrete(2))
+    model = ActorCritic((1,), spaces.Discrete(2))
     model.load_state_dict(checkpoint["model"])
     assert policy_and_value(model, [[-1], [1]])[0].probs.diag().min() > 0.8
 
