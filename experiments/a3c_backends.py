@@ -1,6 +1,7 @@
 """Threads and processes: steps per second of a3c.py with 1, 2, 4 and 8 workers of either kind, under this Python.
 
     python experiments/a3c_backends.py
+    python experiments/a3c_backends.py --env-id MinAtar/Breakout-v1 --total-timesteps 20000
 
 About 2 minutes on two cores. Run it under a Python with a GIL and under a free-threaded one to see what the GIL costs.
 Beside what a3c.py needs it needs pandas alone.
@@ -19,12 +20,14 @@ from common.run import has_gil
 class Args:
     repeats: int = 3
     """runs of each combination; the table has the median"""
+    env_id: str = "CartPole-v1"
+    """environment"""
     total_timesteps: int = 60_000
     """steps of each run"""
 
 
 def main(args: Args) -> int:
-    flags = f"--total-timesteps={args.total_timesteps} --eval-episodes=0"
+    flags = f"--env-id={args.env_id} --total-timesteps={args.total_timesteps} --eval-episodes=0"
     contestants = {
         (backend, workers): tools.script("a3c.py", f"--backend={backend} --num-workers={workers} {flags}")
         for backend, workers in product(("thread", "process"), (1, 2, 4, 8))
