@@ -18,8 +18,7 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from gymnasium import spaces
-from gymnasium.wrappers import FlattenObservation, RecordEpisodeStatistics, TransformAction
+from gymnasium import spaces, wrappers
 from torch import nn
 from torch.nn.utils import get_total_norm
 
@@ -29,7 +28,7 @@ from common.ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFl
 from common.run import Run, seed_everything
 
 SCRIPT = Path(__file__).stem
-HIDDEN = 256  # units of each of the two hidden layers
+HIDDEN = 256  # units of each of the two hidden layers; with images 200, as in the paper
 METRICS_EVERY = 50  # a row of metrics.csv is a mean over every 50th update
 
 
@@ -40,7 +39,7 @@ class Args:
     seed: NonNegativeInt = 1
     """seed of everything random: the same seed gives the same run"""
     total_timesteps: PositiveInt = 10_000
-    """environment steps in all"""
+    """environment steps in all; with --pixels, each is three of the simulator's"""
     learning_starts: NonNegativeInt = 1_000
     """steps with uniformly random actions before the first update"""
     buffer_size: PositiveInt = 1_000_000
@@ -70,7 +69,11 @@ class Args:
     gumbel_temperature: PositiveFloat = 1.0
     """temperature of the Gumbel-Softmax samples that replace mu(s) and its noise where actions are Discrete"""
     logit_penalty: NonNegativeFloat = 1e-3
-    """weight of the mean squared logit in the actor's loss where actions are Discrete: it keeps them uncertain"""
+    """weight of the mean squared output in the actor's loss, where actions are Discrete, so that these stay uncertain,
+    and with --pixels, so that tanh does not stick at its bounds; later practice"""
+    pixels: bool = False
+    """learn from rendered images alone, 64x64; each action is held for three steps, which are all seen, as in the
+    paper"""
     num_threads: PositiveInt = 1
     """threads that torch uses; a second one helps with large minibatches if a core is free"""
     log_interval: PositiveInt = 1_000
@@ -87,27 +90,37 @@ class Args:
     """a run's folder: go on from its checkpoint, with its arguments and its replay memory, to --total-timesteps"""
 
 
-def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+def make_env(env_id: str, render_mode: str | None = None, pixels: bool = False) -> gym.Env:
     """The environment, with flat observations and with actions as the actor gives them.
 
     A Box of actions becomes flat, too, and -1 and 1 stand for its bounds. Discrete actions are one-hot vectors.
 
+    With `pixels`, each action is held for three steps of the simulator. The observation is what these look like, three
+    images of 64x64 in red, green and blue: bytes of shape (9, 64, 64). The reward is the sum of the three.
+
     Raises:
         ValueError: the script cannot play it.
     """
+    render_mode = "rgb_array" if pixels else render_mode
     env = gym.make(env_id, disable_env_checker=True, **({"render_mode": render_mode} if render_mode else {}))
-    env = RecordEpisodeStatistics(env)
+    if pixels:
+        env = wrappers.ResizeObservation(wrappers.AddRenderObservation(env), (64, 64))
+        env = wrappers.RepeatAction(wrappers.FrameStackObservation(env, 3), 3)
+        maps = spaces.Box(0, 255, (9, 64, 64), np.uint8)
+        env = wrappers.TransformObservation(env, lambda x: np.moveaxis(x, -1, 1).reshape(maps.shape), maps)
+    env = wrappers.RecordEpisodeStatistics(env)
     space = env.observation_space
-    if not isinstance(space, spaces.Box) or len(space.shape) != 1:
+    if not pixels and (not isinstance(space, spaces.Box) or len(space.shape) != 1):
         if not space.is_np_flattenable or space.dtype == np.uint8:
             raise ValueError(f"its observations do not flatten to a vector: {space}")
-        env = FlattenObservation(env)
+        env = wrappers.FlattenObservation(env)
     space = env.action_space
-    if isinstance(space, spaces.Discrete):
-        return TransformAction(env, lambda a: space.start + a.argmax(), spaces.Discrete(space.n))
+    if isinstance(space, spaces.Discrete) and not pixels:
+        return wrappers.TransformAction(env, lambda a: space.start + a.argmax(), spaces.Discrete(space.n))
     is_box = isinstance(space, spaces.Box) and space.dtype.kind == "f"
     if not is_box or not (np.abs([space.low, space.high]) < 1e9).all():  # beyond that, no bound is meant
-        raise ValueError(f"ddpg.py needs Discrete actions or a Box of real numbers with bounds, not {space}")
+        discrete = "" if pixels else "Discrete actions or "
+        raise ValueError(f"ddpg.py needs {discrete}a Box of real numbers with bounds, not {space}")
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     center, scale = low / 2 + high / 2, high / 2 - low / 2
 
@@ -115,7 +128,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         action = center + scale * action.reshape(space.shape)
         return np.minimum(np.maximum(action, low), high).astype(space.dtype)
 
-    return TransformAction(env, to_bounds, spaces.Box(-1, 1, (center.size,)))
+    return wrappers.TransformAction(env, to_bounds, spaces.Box(-1, 1, (center.size,)))
 
 
 def layer(inputs: int, outputs: int, batch_norm: bool) -> list[nn.Module]:
@@ -123,11 +136,29 @@ def layer(inputs: int, outputs: int, batch_norm: bool) -> list[nn.Module]:
     return [nn.Linear(inputs, outputs), *([nn.BatchNorm1d(outputs)] if batch_norm else []), nn.ReLU(inplace=True)]
 
 
-def last_layer(outputs: int) -> nn.Linear:
+class ToFloat(nn.Module):
+    """Bytes as numbers from 0 to 1."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.to(torch.float32, memory_format=torch.channels_last) / 255  # convolutions are faster on that
+
+
+def first_layers(shape: tuple[int, ...], batch_norm: bool) -> tuple[list[nn.Module], int, int]:
+    """What comes before the hidden layers, the numbers that come out of it, and the units of a hidden layer."""
+    if len(shape) == 1:
+        return [nn.BatchNorm1d(shape[0])] if batch_norm else [], shape[0], HIDDEN
+    layers = [ToFloat()]
+    for inputs in (shape[0], 32, 32):
+        layers += [nn.Conv2d(inputs, 32, 3, stride=2), nn.ReLU(inplace=True)]
+    layers.append(nn.Flatten())
+    return layers, nn.Sequential(*layers)(torch.zeros(1, *shape)).shape[1], 200
+
+
+def last_layer(inputs: int, outputs: int, shape: tuple[int, ...]) -> nn.Linear:
     """With small weights the first actions and values are near 0 (Lillicrap et al. 2016, section 7)."""
-    linear = nn.Linear(HIDDEN, outputs)
-    nn.init.uniform_(linear.weight, -3e-3, 3e-3)
-    nn.init.uniform_(linear.bias, -3e-3, 3e-3)
+    linear, bound = nn.Linear(inputs, outputs), 3e-3 if len(shape) == 1 else 3e-4
+    nn.init.uniform_(linear.weight, -bound, bound)
+    nn.init.uniform_(linear.bias, -bound, bound)
     return linear
 
 
@@ -138,16 +169,13 @@ class Actor(nn.Module):
     softmax that passes a gradient on (Gumbel-Softmax, straight-through).
     """
 
-    def __init__(self, observation_size: int, action_space: spaces.Space, args: Args):
+    def __init__(self, shape: tuple[int, ...], action_space: spaces.Space, args: Args):
         super().__init__()
         self.discrete, self.temperature = isinstance(action_space, spaces.Discrete), args.gumbel_temperature
         self.action_size = int(action_space.n) if self.discrete else action_space.shape[0]
-        self.net = nn.Sequential(
-            *([nn.BatchNorm1d(observation_size)] if args.batch_norm else []),
-            *layer(observation_size, HIDDEN, args.batch_norm),
-            *layer(HIDDEN, HIDDEN, args.batch_norm),
-            last_layer(self.action_size),
-        )
+        layers, inputs, hidden = first_layers(shape, args.batch_norm)
+        layers += layer(inputs, hidden, args.batch_norm) + layer(hidden, hidden, args.batch_norm)
+        self.net = nn.Sequential(*layers, last_layer(hidden, self.action_size, shape))
 
     def forward(self, observations: torch.Tensor, greedy: bool = False) -> torch.Tensor:
         """mu(s) for observations of shape (n, observation_size): shape (n, action_size).
@@ -185,15 +213,20 @@ class Critic(nn.Module):
     lead from one to another.
     """
 
-    def __init__(self, observation_size: int, action_space: spaces.Space, args: Args):
+    def __init__(self, shape: tuple[int, ...], action_space: spaces.Space, args: Args):
         super().__init__()
         self.discrete, batch_norm = isinstance(action_space, spaces.Discrete), args.batch_norm
-        before = [nn.BatchNorm1d(observation_size)] if batch_norm else []
-        before += layer(observation_size, HIDDEN, batch_norm)
-        if self.discrete:
-            after = [*layer(HIDDEN, HIDDEN, batch_norm), last_layer(int(action_space.n))]
+        before, inputs, hidden = first_layers(shape, batch_norm)
+        if len(shape) == 3:  # the action enters at the first layer after the convolutions
+            after = layer(inputs + action_space.shape[0], hidden, False) + layer(hidden, hidden, False)
         else:
-            after = [*layer(HIDDEN + action_space.shape[0], HIDDEN, False), last_layer(1)]
+            before += layer(inputs, hidden, batch_norm)
+            after = (
+                layer(hidden, hidden, batch_norm)
+                if self.discrete
+                else layer(hidden + action_space.shape[0], hidden, False)
+            )
+        after.append(last_layer(hidden, int(action_space.n) if self.discrete else 1, shape))
         self.before, self.after = nn.Sequential(*before), nn.Sequential(*after)
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -210,10 +243,10 @@ class DDPG(nn.Module):
     normalises by the minibatch and renews its running statistics.
     """
 
-    def __init__(self, observation_size: int, action_space: spaces.Space, args: Args):
+    def __init__(self, shape: tuple[int, ...], action_space: spaces.Space, args: Args):
         super().__init__()
-        self.actor = Actor(observation_size, action_space, args)
-        self.critic = Critic(observation_size, action_space, args)
+        self.actor = Actor(shape, action_space, args)
+        self.critic = Critic(shape, action_space, args)
         self.target_actor = copy.deepcopy(self.actor) if args.target_network else self.actor
         self.target_critic = copy.deepcopy(self.critic) if args.target_network else self.critic
         self.batch_norm = args.batch_norm
@@ -237,11 +270,12 @@ class ReplayBuffer:
 
     Args:
         capacity: transitions that there is room for. The i-th, counted from 0, is in row i modulo the capacity.
-        observation_size, action_size: numbers of an observation and of an action.
+        shape: of an observation.
+        action_size: numbers of an action.
     """
 
-    def __init__(self, capacity: int, observation_size: int, action_size: int):
-        sizes = observation_size, action_size, 1, observation_size, 1
+    def __init__(self, capacity: int, shape: tuple[int, ...], action_size: int):
+        sizes = shape[0], action_size, 1, shape[0], 1
         s, a, r, s_next, end = np.cumsum((0, *sizes))[:-1]
         self.columns = slice(s, a), slice(a, r), r, slice(s_next, end), end
         self.capacity, self.count, self.saved = capacity, 0, 0
@@ -266,7 +300,7 @@ class ReplayBuffer:
 
     def save(self, path: Path) -> None:
         """Write the transitions since the last call into the file."""
-        new = np.arange(max(self.saved, self.count - self.capacity), self.count) % self.capacity
+        new = np.arange(max(0, self.saved - 1, self.count - self.capacity), self.count) % self.capacity
         np.load(path, mmap_mode="r+")[new] = self.rows[new]
         self.saved = self.count
 
@@ -281,6 +315,51 @@ class ReplayBuffer:
         if rows.shape[1:] != self.rows.shape[1:] or known > self.capacity or (count > known and known < self.capacity):
             raise ValueError(f"{path} has the shape {rows.shape}, not {self.rows.shape}")
         self.rows[:known], self.count = rows[:known], count
+
+
+class ImageReplayBuffer(ReplayBuffer):
+    """R for images: each is kept once, as bytes, for the transition that it ends and for the one that it begins.
+
+    A row is an image, the action taken there, r, whether s' is terminal, and whether s' is the image of the next row.
+    It takes 36,864 bytes and a few, and each episode has a row more than transitions.
+    """
+
+    def __init__(self, capacity: int, shape: tuple[int, ...], action_size: int):
+        self.capacity, self.count, self.saved, self.newest = capacity + 1, 0, 0, None
+        numbers = [("action", np.float32, action_size), ("reward", np.float32), ("terminated", np.float32)]
+        self.rows = np.zeros(self.capacity, [("image", np.uint8, shape), *numbers, ("goes_on", bool)])
+
+    def add(self, observation, action, reward: float, next_observation, terminated: bool) -> None:
+        """Store a transition in place of the oldest."""
+        if observation is not self.newest:  # the first of an episode
+            self.add_image(observation)
+        row = self.rows[(self.count - 1) % self.capacity]
+        row["action"], row["reward"], row["terminated"], row["goes_on"] = action, reward, terminated, True
+        self.add_image(next_observation)
+
+    def add_image(self, image: np.ndarray) -> None:
+        """Store an image, with which no transition begins as yet, in place of the oldest."""
+        row = self.rows[self.count % self.capacity]
+        row["image"], row["goes_on"], self.newest = image, False, image
+        self.count += 1
+
+    def sample(self, n: int, rng: np.random.Generator) -> list[torch.Tensor]:
+        """n random transitions, as `ReplayBuffer.sample` gives them, with images of bytes."""
+        i = rng.integers(min(self.count, self.capacity), size=n)
+        while (ends := ~self.rows["goes_on"][i]).any():  # draw those again, with which no transition begins
+            i[ends] = rng.integers(min(self.count, self.capacity), size=ends.sum())
+        rows, next_images = self.rows[i], self.rows["image"][(i + 1) % self.capacity]
+        parts = rows["image"], rows["action"], rows["reward"], next_images, rows["terminated"]
+        return [torch.from_numpy(part.copy()) for part in parts]
+
+    def load(self, path: Path, count: int) -> None:
+        """As `ReplayBuffer.load`; the capacity may always grow."""
+        rows = np.load(path, mmap_mode="r")
+        kept = np.arange(max(0, count - len(rows)), count)
+        if rows.dtype != self.rows.dtype or len(kept) > self.capacity:
+            raise ValueError(f"{path} has {rows.shape} of {rows.dtype}, not {self.rows.shape} of {self.rows.dtype}")
+        self.rows[kept % self.capacity], self.count = rows[kept % len(rows)], count
+        self.rows["goes_on"][(count - 1) % self.capacity] = False  # the file may know of a step more than the run
 
 
 class OrnsteinUhlenbeckNoise:
@@ -325,12 +404,14 @@ def actor_loss(model: DDPG, observations: torch.Tensor, logit_penalty: float) ->
     """-J, where J is the mean of Q(s_i, mu(s_i)), and what else is to be minimised.
 
     By the chain rule, grad J = 1/N sum grad_a Q(s, a) at s = s_i, a = mu(s_i), times grad mu(s_i) (Lillicrap et al.
-    2016, equation 6). A policy of Discrete actions that is certain neither explores nor passes a gradient on: the mean
-    of their squared logits, weighted by `logit_penalty`, is to be minimised, too.
+    2016, equation 6). A policy of Discrete actions that is certain neither explores nor passes a gradient on, and the
+    tanh of one that sees images soon is -1 or 1 everywhere: the mean of the squared outputs, weighted by
+    `logit_penalty`, is to be minimised, too.
     """
     outputs = model.by_minibatch(model.actor.net, observations)
     minus_J = -model.critic(observations, model.actor.choose(outputs)).mean()
-    return minus_J, (logit_penalty * outputs.square().mean() if model.actor.discrete else torch.zeros(()))
+    is_penalised = model.actor.discrete or observations.dim() == 4
+    return minus_J, (logit_penalty * outputs.square().mean() if is_penalised else torch.zeros(()))
 
 
 @cache  # of the same networks it is asked at every step
@@ -390,18 +471,18 @@ def check_space(args: Args, row_size: int) -> int:
 def main(args: Args) -> int:
     """Train, go on training or only evaluate, as `args` says. Returns the exit code."""
     check_args(args)
-    if args.tau == 0 or (args.batch_norm and args.batch_size == 1):
-        fail("--tau must be above 0, and --batch-norm needs a --batch-size of at least 2")
+    if args.tau == 0 or (args.batch_norm and (args.batch_size == 1 or args.pixels)):
+        fail("--tau must be above 0, and --batch-norm needs a --batch-size of at least 2 and no --pixels")
     checkpoint = load_checkpoint(args, SCRIPT)
     with failing(f"{args.env_id} cannot be used"):
-        eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
+        eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None, args.pixels)
     if args.capture_video:
         check_film(eval_env)
     T = checkpoint["step"] if checkpoint else 0
     rng = seed_everything(args.seed, T)
     torch.set_num_threads(args.num_threads)
-    observation_size = eval_env.observation_space.shape[0]
-    model = DDPG(observation_size, eval_env.action_space, args)
+    shape, dtype = eval_env.observation_space.shape, np.uint8 if args.pixels else np.float32
+    model = DDPG(shape, eval_env.action_space, args)
     groups = {"actor": (model.actor, args.actor_learning_rate), "critic": (model.critic, args.learning_rate)}
     optimizers = {name: torch.optim.Adam(net.parameters(), rate, fused=True) for name, (net, rate) in groups.items()}
     if checkpoint:
@@ -410,16 +491,18 @@ def main(args: Args) -> int:
             for name, optimizer in optimizers.items():
                 groups = optimizer.state_dict()["param_groups"]  # with the learning rates that are asked for now
                 optimizer.load_state_dict(checkpoint["optimizers"][name] | {"param_groups": groups})
+            replayed = checkpoint["replayed"]
     if args.evaluate is not None:
         print(f"{SCRIPT}: {evaluate(model.actor.act, eval_env, args, Path(args.evaluate))[0]}; {args.evaluate}")
         return 0
     if T >= args.total_timesteps:
         fail(f"{args.resume} has done {T:,} steps already: give more with --total-timesteps")
-    capacity = check_space(args, 4 * (2 * observation_size + model.actor.action_size + 2))
-    buffer = ReplayBuffer(capacity, observation_size, model.actor.action_size)
+    new_buffer = ImageReplayBuffer if args.pixels else ReplayBuffer
+    capacity = check_space(args, new_buffer(1, shape, model.actor.action_size).rows[0].nbytes)
+    buffer = new_buffer(capacity, shape, model.actor.action_size)
     if checkpoint:
         with failing("--resume needs the replay memory as the run left it"):
-            buffer.load(Path(args.resume) / "replay.npy", T)
+            buffer.load(Path(args.resume) / "replay.npy", replayed)
 
     run = Run(SCRIPT, args, METRICS, {}, checkpoint)
     print(f"{SCRIPT}: {args.env_id}, replay memory {buffer.rows.nbytes / 2**20:,.1f} MiB, {run.folder}", flush=True)
@@ -430,17 +513,18 @@ def main(args: Args) -> int:
             run.log_metrics(T, {name: float(np.mean([metrics[name] for metrics in updates])) for name in METRICS})
             updates.clear()
         buffer.save(run.folder / "replay.npy")
-        run.save(T, model=model.state_dict(), optimizers={name: each.state_dict() for name, each in optimizers.items()})
+        states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+        run.save(T, model=model.state_dict(), optimizers=states, replayed=buffer.count)
 
     with run:
         buffer.create(run.folder / "replay.npy")
-        env = make_env(args.env_id)
+        env = make_env(args.env_id, pixels=args.pixels)
         # Initialize a random process N for action exploration
         theta = args.ou_theta if args.noise == "ou" else 1.0
         noise = OrnsteinUhlenbeckNoise(model.actor.action_size, rng, theta)
         final_std = args.noise_std if args.final_noise_std is None else args.final_noise_std
         # Receive initial observation state s_1
-        observation = np.array(env.reset(seed=int(rng.integers(2**31)))[0], np.float32)
+        observation = np.array(env.reset(seed=int(rng.integers(2**31)))[0], dtype)
         while T < args.total_timesteps and not run.stopped:
             # Select action a_t = mu(s_t) + N_t; a sample of Discrete actions explores by itself
             std = args.noise_std + (final_std - args.noise_std) * T / args.total_timesteps
@@ -452,7 +536,7 @@ def main(args: Args) -> int:
                     action = np.minimum(np.maximum(action + noise.sample(std), -1), 1)
             # Execute it, observe r_t and s_{t+1}
             next_observation, reward, terminated, truncated, info = env.step(action)
-            next_observation = np.array(next_observation, np.float32)
+            next_observation = np.array(next_observation, dtype)
             if not (np.isfinite(next_observation).all() and abs(reward) < 3e38):  # what float32 can hold
                 raise FloatingPointError(f"the environment returned {next_observation} and {reward} at step {T + 1:,}")
             T += 1
@@ -461,7 +545,7 @@ def main(args: Args) -> int:
             observation = next_observation
             if terminated or truncated:
                 run.log_episode(T, 0, info["episode"])
-                observation = np.array(env.reset()[0], np.float32)
+                observation = np.array(env.reset()[0], dtype)
                 noise.reset()
             # Sample a random minibatch from R, and learn from it
             if T >= args.learning_starts:

@@ -176,51 +176,6 @@ class DictObservation(Probe):
         return 1.0
 
 
-class Images(Probe):
-    """Reward 1 for the number of the brighter half, left or right, otherwise -1. With gamma = 0, V = 1."""
-
-    observation_space = spaces.Box(0, 255, (8, 6, 2), np.uint8)
-    length = 5
-
-    def observe(self):
-        self.side = int(self.np_random.integers(2))
-        image = self.np_random.integers(0, 100, (8, 6, 2), np.uint8)
-        image[:, 3 * self.side : 3 * self.side + 3] += 100
-        return image
-
-    def play(self, action):
-        return 1.0 if action == self.side else -1.0
-
-
-class ImagesWithChannelsFirst(Images):
-    observation_space = spaces.Box(0, 255, (2, 8, 6), np.uint8)
-
-    def observe(self):
-        return np.moveaxis(super().observe(), -1, 0)
-
-
-class LargeImages(Images):
-    """Each pixel has become 8 x 8."""
-
-    observation_space = spaces.Box(0, 255, (64, 48, 2), np.uint8)
-
-    def observe(self):
-        return np.kron(super().observe(), np.ones((8, 8, 1), np.uint8))
-
-
-class BoolImages(Images):
-    """More pixels are lit in the brighter half."""
-
-    observation_space = spaces.Box(0, 1, (8, 6, 2), np.bool_)
-
-    def observe(self):
-        return super().observe() > 80
-
-
-class NarrowImages(Probe):
-    observation_space = spaces.Box(0, 255, (8, 2, 1), np.uint8)
-
-
 class Words(Probe):
     observation_space = spaces.Sequence(spaces.Discrete(3))
 

@@ -31,7 +31,7 @@ def small_networks(monkeypatch):
 def make_model(space: spaces.Space = BOX, **arguments) -> DDPG:
     """Networks in float64 that are far from 0 and from their targets, with running statistics of all kinds."""
     torch.manual_seed(0)
-    model = DDPG(3, space, Args(**arguments)).double()
+    model = DDPG((3,), space, Args(**arguments)).double()
     for name, tensor in model.state_dict().items():
         if name.endswith("running_var"):
             tensor.uniform_(0.5, 2)
@@ -193,8 +193,8 @@ def test_a_loss_that_is_not_finite_changes_no_parameter(reward):
 
 @pytest.mark.parametrize("space", [BOX, DISCRETE], ids=str)
 def test_networks_at_the_start(space):
-    model = DDPG(3, space, Args(batch_norm=True))
-    without = DDPG(3, space, Args(target_network=False))
+    model = DDPG((3,), space, Args(batch_norm=True))
+    without = DDPG((3,), space, Args(target_network=False))
     assert (without.target_actor, without.target_critic) == (without.actor, without.critic)
     for target, network in (model.target_actor, model.actor), (model.target_critic, model.critic):
         torch.testing.assert_close(target.state_dict(), network.state_dict(), rtol=0, atol=0)

@@ -40,10 +40,10 @@ def outputs(network, images: np.ndarray) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("env_id", "shape", "dtype"),
     [
-        ("probes:Images-v0", (2, 8, 6), np.uint8),
-        ("probes:ImagesWithChannelsFirst-v0", (2, 8, 6), np.uint8),
-        ("probes:LargeImages-v0", (2, 64, 48), np.uint8),
-        ("probes:BoolImages-v0", (2, 8, 6), np.bool_),
+        ("image_probes:Images-v0", (2, 8, 6), np.uint8),
+        ("image_probes:ImagesWithChannelsFirst-v0", (2, 8, 6), np.uint8),
+        ("image_probes:LargeImages-v0", (2, 64, 48), np.uint8),
+        ("image_probes:BoolImages-v0", (2, 8, 6), np.bool_),
         (MINATAR, (4, 10, 10), np.bool_),
         (ATARI, (4, 42, 42), np.uint8),
     ],
@@ -64,7 +64,7 @@ def test_channels_come_first_and_images_stay_what_they_are(script, env_id, shape
 def test_channels_last_and_first_are_the_same(train, script):
     runs = []
     for name in ("Images", "ImagesWithChannelsFirst"):
-        _, folder = train(script, env_id=f"probes:{name}-v0", total_timesteps=100)
+        _, folder = train(script, env_id=f"image_probes:{name}-v0", total_timesteps=100)
         runs.append((load(folder)["model"], tables(folder)[0].drop(columns="time").to_numpy().tolist()))
     torch.testing.assert_close(*runs, rtol=0, atol=0)
 
@@ -177,7 +177,7 @@ PROBE = {
 @pytest.mark.parametrize("name", ["Images", "LargeImages", "BoolImages"])
 def test_a_probe_of_images_is_learned(train, script, name):
     """Without a future, the values of all states are 1, those of the worse actions -1."""
-    env_id = f"probes:{name}-v0"
+    env_id = f"image_probes:{name}-v0"
     options = {"gamma": 0.0, "learning_rate": 3e-3, "anneal_lr": False, **PROBE[script]}
     _, folder = train(script, env_id=env_id, total_timesteps=1500, **options)
     env = script.make_env(env_id)
@@ -225,7 +225,7 @@ def test_minatar_is_filmed_in_bytes(train, script):
 @each_script(*WITH_WORKERS)
 def test_the_evaluation_gives_images_as_they_are(tmp_path, script):
     seen = []
-    args = script.Args(env_id="probes:BoolImages-v0", eval_episodes=2)
+    args = script.Args(env_id="image_probes:BoolImages-v0", eval_episodes=2)
     evaluate(lambda image: seen.append(image) or 0, script.make_env(args.env_id), args, tmp_path)
     assert [(image.shape, image.dtype) for image in seen] == [((2, 8, 6), np.bool_)] * 10
 

@@ -31,7 +31,7 @@ def small_networks(monkeypatch):
 
 
 def test_random_actions_are_uniform():
-    rng, (box, choice) = np.random.default_rng(0), (DDPG(3, a, Args()).actor for a in (BOX, spaces.Discrete(3)))
+    rng, (box, choice) = np.random.default_rng(0), (DDPG((3,), a, Args()).actor for a in (BOX, spaces.Discrete(3)))
     for column in np.transpose([box.random_action(rng) for _ in range(2000)]):  # Kolmogorov-Smirnov, level 0.001
         assert np.abs(np.sort(column) - (2 * (np.arange(2000) + 0.5) / 2000 - 1)).max() / 2 < 1.95 / 2000**0.5
     choices = [choice.random_action(rng) for _ in range(2000)]
@@ -73,7 +73,7 @@ class Play:
             save(run, T, **state)
 
         monkeypatch.setattr(ddpg.Run, "save", look_and_save)
-        monkeypatch.setattr(ddpg, "last_layer", lambda outputs: nn.Linear(ddpg.HIDDEN, outputs))  # far from 0
+        monkeypatch.setattr(ddpg, "last_layer", lambda inputs, outputs, shape: nn.Linear(inputs, outputs))  # far from 0
         monkeypatch.setattr(ddpg, "update", self.update)
         monkeypatch.setattr(ddpg, "OrnsteinUhlenbeckNoise", self.noise)
         arguments = {"learning_starts": 30, "total_timesteps": 260, "log_interval": 100, "batch_size": 6} | arguments
@@ -128,7 +128,7 @@ def test_the_loop(monkeypatch, train, env_id, options):
     np.testing.assert_allclose(episodes[["return", "length"]], np.transpose([returns, np.diff([0, *ends])]), rtol=1e-5)
     # actions: random ones, then mu(s) + N within the bounds, or samples of Discrete actions
     args = Args(**load(play.folder)["args"])
-    model = DDPG(3, spaces.Discrete(2) if env_id == "Script" else BOX, args)
+    model = DDPG((3,), spaces.Discrete(2) if env_id == "Script" else BOX, args)
     model.load_state_dict(load(play.folder)["model"])
     outputs = model.actor.net(torch.from_numpy(s[30:])).detach().numpy()
     slope = 0 if args.final_noise_std is None else (args.final_noise_std - args.noise_std) / 260
@@ -200,7 +200,7 @@ def test_memory_holds_the_latest_transitions(tmp_path_factory, capacity, runs):
     path, count = tmp_path_factory.mktemp("memory") / "replay.npy", 0
     for growth, adds in runs:
         capacity = max(capacity + growth, count, 1) if count <= capacity else capacity
-        buffer = ReplayBuffer(capacity, 2, 3)
+        buffer = ReplayBuffer(capacity, (2,), 3)
         if path.exists():
             buffer.load(path, count)
         buffer.create(path)
@@ -216,7 +216,7 @@ def test_memory_holds_the_latest_transitions(tmp_path_factory, capacity, runs):
 
 
 def test_minibatches_are_uniform_and_copies():
-    buffer, rng = fill(ReplayBuffer(5, 2, 3), range(7)), np.random.default_rng(0)
+    buffer, rng = fill(ReplayBuffer(5, (2,), 3), range(7)), np.random.default_rng(0)
     batch = buffer.sample(10_000, rng)
     assert [tuple(part.shape[1:]) for part in batch] == [(2,), (3,), (), (2,), ()]
     before, numbers = [part.clone() for part in batch], (batch[2] / 10).round().int().tolist()
@@ -224,21 +224,27 @@ def test_minibatches_are_uniform_and_copies():
         assert torch.equal(part, torch.tensor(np.array(expected), dtype=torch.float32))
     np.testing.assert_allclose(np.bincount(numbers) / 10_000, [0, 0, *[0.2] * 5], atol=4 * (0.16 / 10_000) ** 0.5)
     assert abs(np.corrcoef(numbers[1:], numbers[:-1])[0, 1]) < 0.04
-    assert set((fill(ReplayBuffer(5, 2, 3), range(3)).sample(99, rng)[2] / 10).int().tolist()) == {0, 1, 2}
+    assert set((fill(ReplayBuffer(5, (2,), 3), range(3)).sample(99, rng)[2] / 10).int().tolist()) == {0, 1, 2}
     fill(buffer, range(7, 12))
     assert all(map(torch.equal, batch, before))
 
 
 def test_file_that_does_not_fit_or_is_damaged_is_refused(tmp_path):
     path = tmp_path / "replay.npy"
-    for sizes, count in ((5, 3, 3), 4), ((5, 2, 2), 4), ((3, 2, 3), 4), ((6, 2, 3), 7), ((4, 2, 3), 7):
-        fill(ReplayBuffer(5, 2, 3), range(count)).create(path)
+    for (capacity, size, actions), count in (
+        ((5, 3, 3), 4),
+        ((5, 2, 2), 4),
+        ((3, 2, 3), 4),
+        ((6, 2, 3), 7),
+        ((4, 2, 3), 7),
+    ):
+        fill(ReplayBuffer(5, (2,), 3), range(count)).create(path)
         with pytest.raises(ValueError, match="has the shape"):
-            ReplayBuffer(*sizes).load(path, count)
+            ReplayBuffer(capacity, (size,), actions).load(path, count)
     for damaged in path.read_bytes()[:-1], b"no array" * 99:
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"mmap|pickle"):
-            ReplayBuffer(5, 2, 3).load(path, 7)
+            ReplayBuffer(5, (2,), 3).load(path, 7)
 
 
 def test_memory_that_does_not_fit_is_refused(monkeypatch, command, capfd, tmp_path):
@@ -305,7 +311,7 @@ MU = None  # the actor's action
 )
 def test_probe_is_learned(train, env_id, options, values, best):
     _, folder = train(ddpg, env_id=f"probes:{env_id}-v0", **PROBE | options)
-    model = DDPG(1, ddpg.make_env(f"probes:{env_id}-v0").action_space, Args(**load(folder)["args"]))
+    model = DDPG((1,), ddpg.make_env(f"probes:{env_id}-v0").action_space, Args(**load(folder)["args"]))
     model.load_state_dict(load(folder)["model"])
     actions = {s: model.actor.act(np.array([s], np.float32)) for s in (-1, 0, 1)}
     for s, a, value in values:
