@@ -23,6 +23,7 @@ Ratios are of runs with the same seed. A run that fails is left out and reported
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,10 +69,10 @@ def train_a2c(steps: int, threads: int, seed: int, folder: Path, stop_at: float 
 
 
 class OldGymEnv:
-    """CartPole with the interface that PFRL expects: `step` has four results, and a time limit sets `needs_reset`."""
+    """An environment as PFRL expects it: `step` has four results, and a time limit sets `needs_reset`."""
 
-    def __init__(self, seed: int):
-        self.env, self.seed = gym.make("CartPole-v1"), seed
+    def __init__(self, env: gym.Env, seed: int):
+        self.env, self.seed = env, seed
 
     def reset(self) -> np.ndarray:
         self.episode_return, self.episode_over = 0.0, False
@@ -88,12 +89,9 @@ class OldGymEnv:
         self.env.close()
 
 
-def train_pfrl(steps: int, seed: int, folder: Path) -> None:
-    """PFRL's A3C in two processes with the networks and hyperparameters of a3c.py."""
+def run_pfrl(new_model: Callable[[], nn.Module], args: a3c.Args, steps: int, seed: int, folder: Path) -> None:
+    """PFRL's A3C in two processes with this model and the environment and hyperparameters of `args`."""
     import pfrl
-
-    def mlp(outputs: int, *head: nn.Module) -> nn.Sequential:
-        return nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs), *head)
 
     def log_episode(env: OldGymEnv, _, step: int) -> None:
         if env.episode_over:
@@ -103,13 +101,12 @@ def train_pfrl(steps: int, seed: int, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.multiprocessing.set_start_method("fork")  # PFRL hands closures to its processes
     pfrl.utils.set_random_seed(seed)
-    ours = a3c.Args()
-    model = pfrl.nn.Branched(mlp(2, pfrl.policies.SoftmaxCategoricalHead()), mlp(1))
+    model = new_model()
     optimizer = pfrl.optimizers.SharedRMSpropEpsInsideSqrt(
-        model.parameters(), lr=ours.learning_rate, alpha=ours.rmsprop_alpha, eps=ours.rmsprop_eps
+        model.parameters(), lr=args.learning_rate, alpha=args.rmsprop_alpha, eps=args.rmsprop_eps
     )
-    weights = {"beta": ours.ent_coef, "v_loss_coef": ours.vf_coef, "max_grad_norm": ours.max_grad_norm}
-    agent = pfrl.agents.A3C(model, optimizer, t_max=ours.t_max, gamma=ours.gamma, **weights)
+    weights = {"beta": args.ent_coef, "v_loss_coef": args.vf_coef, "max_grad_norm": args.max_grad_norm}
+    agent = pfrl.agents.A3C(model, optimizer, t_max=args.t_max, gamma=args.gamma, **weights)
     seeds = [seed * 1000 + worker for worker in range(2)]
     # A process that dies would leave the other one to finish alone, and PFRL would look slow: let that fail instead.
     warnings.simplefilter("error", pfrl.utils.async_.AbnormalExitWarning)
@@ -118,13 +115,27 @@ def train_pfrl(steps: int, seed: int, folder: Path) -> None:
     pfrl.experiments.train_agent_async(
         outdir=str(folder),
         processes=2,
-        make_env=lambda worker, test: OldGymEnv(seeds[worker]),
+        make_env=lambda worker, test: OldGymEnv(a3c.make_env(args.env_id), seeds[worker]),
         steps=steps,
         eval_interval=None,
         agent=agent,
         random_seeds=seeds,
         global_step_hooks=[log_episode],
     )
+
+
+def train_pfrl(steps: int, seed: int, folder: Path) -> None:
+    """PFRL's A3C with the networks and hyperparameters of a3c.py."""
+
+    def mlp(outputs: int, *head: nn.Module) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs), *head)
+
+    def new_model() -> nn.Module:
+        import pfrl
+
+        return pfrl.nn.Branched(mlp(2, pfrl.policies.SoftmaxCategoricalHead()), mlp(1))
+
+    run_pfrl(new_model, a3c.Args(), steps, seed, folder)
 
 
 def main(args: Args) -> int:
