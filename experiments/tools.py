@@ -23,8 +23,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import tyro
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "experiments" / "results"
 sys.path.insert(0, str(ROOT))
 
 POLL_SECONDS = 0.02  # between two looks at a run
@@ -71,6 +73,7 @@ def play(
     time_limit: float = 7200.0,
     log_dir: Path | None = None,
     keep_checkpoints: bool = False,
+    all_may_fail: bool = False,
 ) -> pd.DataFrame:
     """Run every contestant with every seed, each run in a process of its own.
 
@@ -83,6 +86,7 @@ def play(
         parallel: runs that go at once.
         time_limit: seconds after which a run is killed and counts as failed.
         log_dir: keep the runs there. One of a script that is there already and has its evaluation is not run again.
+        all_may_fail: go on even if not a single run ends well.
         keep_checkpoints: give each checkpoint a name that stays: 00000.pt, 00001.pt, ... in the run's folder.
 
     Returns:
@@ -144,7 +148,7 @@ def play(
         finally:
             stop.set()
     runs = pd.DataFrame(rows)
-    if runs["failed"].all():
+    if runs["failed"].all() and not all_may_fail:
         sys.exit("Every run has failed.")
     return runs
 
@@ -277,6 +281,15 @@ def compare_returns(name: str, parts: dict, args) -> list[pd.DataFrame]:
         print_table(f"`python {name}` with", table)
         results.append(runs)
     return results
+
+
+def with_interval(values: list[float]) -> str:
+    """The mean, its 95 % bootstrap interval, and all values."""
+    text = ", ".join(map(cell, values))
+    if len(values) < 2 or np.ptp(values) == 0:
+        return text
+    low, high = stats.bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval
+    return f"{cell(np.mean(values))} ({cell(low)} to {cell(high)}): {text}"
 
 
 def ratio(runs: pd.DataFrame, measure: str, above, below) -> pd.Series:
