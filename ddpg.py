@@ -207,26 +207,21 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Q(s, a), where a is an action as the actor gives it.
 
-    Box actions enter at the second layer, or after the convolutions (Lillicrap et al. 2016, section 7). Discrete ones
-    are one-hot and pick an output: Q is linear in them, as every function of one-hot vectors can be written. Its slope,
-    which the actor climbs, is then what each action is worth; that of a network which takes a in, and has seen one-hot
-    vectors only, need not lead from one to another.
+    Box actions enter at the second hidden layer (Lillicrap et al. 2016, section 7). Discrete ones are one-hot and pick
+    an output: Q is linear in them, as every function of one-hot vectors can be written. Its slope, which the actor
+    climbs, is then what each action is worth; that of a network which takes a in, and has seen one-hot vectors only,
+    need not lead from one to another.
     """
 
     def __init__(self, shape: tuple[int, ...], action_space: spaces.Space, args: Args):
         super().__init__()
-        self.discrete, outputs = isinstance(action_space, spaces.Discrete), 1
-        before, inputs, hidden = first_layers(shape, args.batch_norm)
-        is_vector = len(shape) == 1
-        if is_vector:
-            before += layer(inputs, hidden, args.batch_norm)
-            inputs = hidden
+        self.discrete, batch_norm = isinstance(action_space, spaces.Discrete), args.batch_norm
+        before, inputs, hidden = first_layers(shape, batch_norm)
+        before += layer(inputs, hidden, batch_norm)
         if self.discrete:
-            after, outputs = layer(inputs, hidden, args.batch_norm), int(action_space.n)
-        else:  # the action enters
-            after = layer(inputs + action_space.shape[0], hidden, False)
-        after += [] if is_vector else layer(hidden, hidden, False)
-        after.append(last_layer(hidden, outputs, shape))
+            after = [*layer(hidden, hidden, batch_norm), last_layer(hidden, int(action_space.n), shape)]
+        else:
+            after = [*layer(hidden + action_space.shape[0], hidden, False), last_layer(hidden, 1, shape)]
         self.before, self.after = nn.Sequential(*before), nn.Sequential(*after)
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:

@@ -53,12 +53,12 @@ def test_networks_of_images():
     torch.manual_seed(0)
     model, rng = DDPG(SHAPE, BOX, Args(pixels=True)), np.random.default_rng(0)
     images, actions = torch.from_numpy(rng.integers(0, 256, (5, *SHAPE), np.uint8)), torch.zeros(5, 2)
-    for network, inputs in (model.actor, 1568), (model.critic, 1568 + 2):
+    for network, second in (model.actor, 200), (model.critic, 200 + 2):  # the action enters there
         convolutions = [layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d)]
         assert [(layer.in_channels, layer.out_channels) for layer in convolutions] == [(9, 32), (32, 32), (32, 32)]
         assert {(layer.kernel_size, layer.stride) for layer in convolutions} == {((3, 3), (2, 2))}
         *hidden, last = (layer for layer in network.modules() if isinstance(layer, torch.nn.Linear))
-        assert [(layer.in_features, layer.out_features) for layer in hidden] == [(inputs, 200), (200, 200)]
+        assert [(layer.in_features, layer.out_features) for layer in hidden] == [(1568, 200), (second, 200)]
         for parameter in last.parameters():
             assert parameter.abs().max() <= 3e-4
         assert last.weight.abs().max() > 2.9e-4
