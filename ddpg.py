@@ -147,11 +147,12 @@ def first_layers(shape: tuple[int, ...], batch_norm: bool) -> tuple[list[nn.Modu
     """What comes before the hidden layers, the numbers that come out of it, and the units of a hidden layer."""
     if len(shape) == 1:
         return [nn.BatchNorm1d(shape[0])] if batch_norm else [], shape[0], HIDDEN
-    layers = [ToFloat()]
+    layers = [ToFloat(), *([nn.BatchNorm2d(shape[0])] if batch_norm else [])]
     for inputs in (shape[0], 32, 32):
-        layers += [nn.Conv2d(inputs, 32, 3, stride=2), nn.ReLU(inplace=True)]
+        layers += [nn.Conv2d(inputs, 32, 3, stride=2), *([nn.BatchNorm2d(32)] if batch_norm else [])]
+        layers.append(nn.ReLU(inplace=True))
     layers.append(nn.Flatten())
-    return layers, nn.Sequential(*layers)(torch.zeros(1, *shape)).shape[1], 200
+    return layers, nn.Sequential(*layers).eval()(torch.zeros(1, *shape)).shape[1], 200
 
 
 def last_layer(inputs: int, outputs: int, shape: tuple[int, ...]) -> nn.Linear:
@@ -466,8 +467,8 @@ def check_space(args: Args, row_size: int) -> int:
 def main(args: Args) -> int:
     """Train, go on training or only evaluate, as `args` says. Returns the exit code."""
     check_args(args)
-    if args.tau == 0 or (args.batch_norm and (args.batch_size == 1 or args.pixels)):
-        fail("--tau must be above 0, and --batch-norm needs a --batch-size of at least 2 and no --pixels")
+    if args.tau == 0 or (args.batch_norm and args.batch_size == 1):
+        fail("--tau must be above 0, and --batch-norm needs a --batch-size of at least 2")
     checkpoint = load_checkpoint(args, SCRIPT)
     with failing(f"{args.env_id} cannot be used"):
         eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None, args.pixels)

@@ -101,7 +101,6 @@ def test_what_no_script_takes(refuse, script, arguments, text):
             ("--pixels", "--env-id", "image_probes:PaintedForTwoActions-v0"),
             "needs a Box of real numbers with bounds",
         ),
-        (ddpg, ("--pixels", "--batch-norm"), "--batch-norm needs"),
         (ddpg, ("--tau", 1.5), "--tau must be between 0 and 1, not 1.5"),
         (ddpg, ("--final-noise-std", -0.1), "--final-noise-std must be at least 0, not -0.1"),
         (ddpg, ("--tau", 0), "--tau must be above 0"),

@@ -79,6 +79,20 @@ def test_networks_of_images():
     torch.testing.assert_close(white, torch.nn.Sequential(*layers[1:])(torch.ones(1, *SHAPE)).tanh())
 
 
+def test_batch_normalisation_of_images():
+    """Of the nine maps, of all that is between the actor's layers, and of the critic's before the action."""
+    model = DDPG(SHAPE, BOX, Args(pixels=True, batch_norm=True))
+    for network, sizes in (model.actor, [9, 32, 32, 32, 200, 200]), (model.critic, [9, 32, 32, 32, 200]):
+        layers = [layer for layer in network.modules() if "BatchNorm" in type(layer).__name__]
+        assert [layer.num_features for layer in layers] == sizes
+        assert not any(layer.running_mean.any() for layer in layers)
+        before = [layer.running_mean.clone() for layer in layers]
+        images = torch.randint(256, (4, *SHAPE), dtype=torch.uint8)
+        model.by_minibatch(network, images, *([torch.zeros(4, 2)] if network is model.critic else []))
+        assert not any(torch.equal(layer.running_mean, mean) for layer, mean in zip(layers, before, strict=True))
+        torch.testing.assert_close(layers[0].running_mean, images.div(255).mean((0, 2, 3)) / 10)
+
+
 # The replay memory
 
 
@@ -205,8 +219,10 @@ def test_the_memory_of_a_run(train_on_pixels):
 
 def test_a_run_goes_on_and_is_evaluated_and_filmed(train_on_pixels):
     pytest.importorskip("moviepy")
-    _, folder = train_on_pixels()
-    code, _ = train_on_pixels(resume=str(folder), total_timesteps=40, eval_episodes=2, capture_video=True)
+    _, folder = train_on_pixels(batch_norm=True)
+    code, _ = train_on_pixels(
+        batch_norm=True, resume=str(folder), total_timesteps=40, eval_episodes=2, capture_video=True
+    )
     assert code == 0
     assert load(folder)["step"] == 40
     assert len(np.load(folder / "replay.npy")) == 41
