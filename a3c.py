@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +31,6 @@ from common.run import Run, follow_parent, has_gil, seed_everything, signals_blo
 
 SCRIPT = Path(__file__).stem
 START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"  # of processes; eight are up in 2 s, or in 17 s
-SMALL = 20  # pixels: an image without a longer side gets the network of MinAtar
 PATIENCE_SECONDS = 60.0  # how long a worker may be without progress once the run is ending
 MIN_VARIANCE = 0.01  # added to a Gaussian policy's variance: the smaller that is, the larger the gradients
 
@@ -131,7 +129,7 @@ def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42)
         if space.shape[0] >= min(space.shape[1:]):  # the channels come last
             low, high = np.moveaxis(space.low, -1, 0), np.moveaxis(space.high, -1, 0)
             space = spaces.Box(low, high, dtype=space.dtype)
-            env = wrappers.TransformObservation(env, lambda image: np.moveaxis(image, -1, 0), space)
+            env = wrappers.TransformObservation(env, lambda image: image.transpose(2, 0, 1), space)
         if min(space.shape[1:]) < 3:
             raise ValueError(f"its images have a side of less than 3: {space}")
     elif not isinstance(space, spaces.Box) or len(space.shape) != 1:
@@ -179,20 +177,35 @@ def image_layers(shape: tuple[int, ...]) -> nn.Sequential:
     filters of 8x8 pixels are made for 84x84.
     """
     channels, height, width = shape
-    layers, units = [ToFloat(), nn.Conv2d(channels, 16, 3), nn.ReLU()], 128
-    if max(height, width) > SMALL:
-        layers, units = [ToFloat()], 256
+    layers, units, activation = [ToFloat(), nn.Conv2d(channels, 16, 3), nn.ReLU()], 128, nn.ReLU()
+    if max(height, width) > 20:
+        layers, units, activation = [ToFloat()], 256, nn.ELU()
         for inputs in (channels, 32, 32, 32):
-            layers += [nn.Conv2d(inputs, 32, 3, stride=2, padding=1), nn.ELU()]
+            layers += [nn.Conv2d(inputs, 32, 3, stride=2, padding=1), activation]
     layers.append(nn.Flatten())
     features = nn.Sequential(*layers)(torch.zeros(1, *shape)).shape[1]
-    return nn.Sequential(*layers, nn.Linear(features, units), nn.ReLU())
+    return nn.Sequential(*layers, nn.Linear(features, units), activation)
 
 
-def patches(shape: tuple[int, ...]) -> np.ndarray:
-    """The numbers of the pixels that a filter of 3x3 covers at each place of an image: shape (places, 9 * channels)."""
-    pixels = np.arange(math.prod(shape)).reshape(shape)
-    return sliding_window_view(pixels, (3, 3), axis=(1, 2)).transpose(1, 2, 0, 3, 4).reshape(-1, 9 * shape[0])
+# The activations of images in numpy
+NUMPY = {nn.ReLU: lambda x: np.maximum(x, 0), nn.ELU: lambda x: np.maximum(x, 0) + np.expm1(np.minimum(x, 0))}
+
+
+def numpy_convolutions(layers: nn.Sequential, shape: tuple[int, ...]) -> list[tuple[np.ndarray, ...]]:
+    """The convolutions among `layers` as linear layers, for images of `shape`, in the order in which they come.
+
+    Each is (places, weight, bias): for each place the numbers of the pixels that a filter covers there, -1 for what is
+    beyond the border, and views of the parameters.
+    """
+    convolutions = []
+    for layer in [each for each in layers if isinstance(each, nn.Conv2d)]:
+        numbers = np.arange(math.prod(shape)).reshape(shape)
+        numbers = np.pad(numbers, ((0, 0), layer.padding, layer.padding), constant_values=-1)
+        places = sliding_window_view(numbers, layer.kernel_size, axis=(1, 2))[:, :: layer.stride[0], :: layer.stride[1]]
+        shape = (layer.out_channels, *places.shape[1:3])
+        places = places.transpose(1, 2, 0, 3, 4).reshape(shape[1] * shape[2], -1)
+        convolutions.append((places, layer.weight.detach().flatten(1).T.numpy(), layer.bias.detach().numpy()))
+    return convolutions
 
 
 class ActorCritic(nn.Module):
@@ -213,31 +226,27 @@ class ActorCritic(nn.Module):
             self.body = image_layers(observation_shape)
             units = self.body[-2].out_features
             self.actor, self.critic = nn.Linear(units, outputs), nn.Linear(units, 1)
-            layers = [self.body[1], self.body[-2], self.actor] if max(observation_shape[1:]) <= SMALL else []
-            self.activation, self.patches = partial(np.maximum, 0), patches(observation_shape)
+            layers, self.activation = [self.body[-2], self.actor], NUMPY[type(self.body[-1])]
         else:
-            self.body, size = nn.Identity(), observation_shape[0]
+            self.body, size = nn.Sequential(), observation_shape[0]
             self.actor, self.critic = mlp(size, outputs, gain=0.01), mlp(size, 1, gain=1.0)
             layers, self.activation = self.actor[::2], np.tanh
         self.theta = parameters_to_vector(self.parameters()).detach().share_memory_()
         vector_to_parameters(self.theta, self.parameters())
-        # The actor again, but for four convolutions, as numpy views of the same memory: a fraction of torch's time.
-        self.layers = [(layer.weight.detach().flatten(1).T.numpy(), layer.bias.detach().numpy()) for layer in layers]
+        # The actor again, as numpy views of the same memory: for one observation it takes a fraction of torch's time.
+        self.layers = [(layer.weight.detach().T.numpy(), layer.bias.detach().numpy()) for layer in layers]
+        self.convolutions = numpy_convolutions(self.body, observation_shape)
 
     def outputs(self, observation: np.ndarray) -> np.ndarray:
         """The actor's outputs for one observation."""
-        if not self.layers:
-            with torch.inference_mode():
-                return self.actor(self.body(torch.from_numpy(observation[None])))[0].numpy()
-        x = observation
-        *hidden, (last_weight, last_bias) = self.layers
-        if x.ndim == 3:  # a convolution is a linear layer for each patch
-            weight, bias = hidden.pop(0)
-            x = x.take(self.patches) / np.float32(255 if x.dtype == np.uint8 else 1)
-            x = self.activation(x @ weight + bias).T.ravel()
-        for weight, bias in hidden:
+        x = observation / np.float32(255) if observation.dtype == np.uint8 else observation
+        for places, weight, bias in self.convolutions:
+            x = self.activation(np.append(x, np.float32(0)).take(places) @ weight + bias).T
+        x = x.ravel()
+        for weight, bias in self.layers[:-1]:
             x = self.activation(x @ weight + bias)
-        return x @ last_weight + last_bias
+        weight, bias = self.layers[-1]
+        return x @ weight + bias
 
     def act(self, observation: np.ndarray, rng: np.random.Generator | None = None):
         """Draw a ~ pi(a|s; theta) for one observation, a vector or an image; without `rng` take the likeliest.

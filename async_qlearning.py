@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +31,6 @@ from common.run import Run, follow_parent, has_gil, seed_everything, signals_blo
 
 SCRIPT = Path(__file__).stem
 START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"  # of processes; eight are up in 2 s, or in 17 s
-SMALL = 20  # pixels: an image without a longer side gets the network of MinAtar
 PATIENCE_SECONDS = 60.0  # how long a worker may be without progress once the run is ending
 
 
@@ -135,7 +133,7 @@ def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42)
         if space.shape[0] >= min(space.shape[1:]):  # the channels come last
             low, high = np.moveaxis(space.low, -1, 0), np.moveaxis(space.high, -1, 0)
             space = spaces.Box(low, high, dtype=space.dtype)
-            env = wrappers.TransformObservation(env, lambda image: np.moveaxis(image, -1, 0), space)
+            env = wrappers.TransformObservation(env, lambda image: image.transpose(2, 0, 1), space)
         if min(space.shape[1:]) < 3:
             raise ValueError(f"its images have a side of less than 3: {space}")
     elif not isinstance(space, spaces.Box) or len(space.shape) != 1:
@@ -163,20 +161,35 @@ def image_layers(shape: tuple[int, ...]) -> nn.Sequential:
     filters of 8x8 pixels are made for 84x84.
     """
     channels, height, width = shape
-    layers, units = [ToFloat(), nn.Conv2d(channels, 16, 3), nn.ReLU()], 128
-    if max(height, width) > SMALL:
-        layers, units = [ToFloat()], 256
+    layers, units, activation = [ToFloat(), nn.Conv2d(channels, 16, 3), nn.ReLU()], 128, nn.ReLU()
+    if max(height, width) > 20:
+        layers, units, activation = [ToFloat()], 256, nn.ELU()
         for inputs in (channels, 32, 32, 32):
-            layers += [nn.Conv2d(inputs, 32, 3, stride=2, padding=1), nn.ELU()]
+            layers += [nn.Conv2d(inputs, 32, 3, stride=2, padding=1), activation]
     layers.append(nn.Flatten())
     features = nn.Sequential(*layers)(torch.zeros(1, *shape)).shape[1]
-    return nn.Sequential(*layers, nn.Linear(features, units), nn.ReLU())
+    return nn.Sequential(*layers, nn.Linear(features, units), activation)
 
 
-def patches(shape: tuple[int, ...]) -> np.ndarray:
-    """The numbers of the pixels that a filter of 3x3 covers at each place of an image: shape (places, 9 * channels)."""
-    pixels = np.arange(math.prod(shape)).reshape(shape)
-    return sliding_window_view(pixels, (3, 3), axis=(1, 2)).transpose(1, 2, 0, 3, 4).reshape(-1, 9 * shape[0])
+# The activations of images in numpy
+NUMPY = {nn.ReLU: lambda x: np.maximum(x, 0), nn.ELU: lambda x: np.maximum(x, 0) + np.expm1(np.minimum(x, 0))}
+
+
+def numpy_convolutions(layers: nn.Sequential, shape: tuple[int, ...]) -> list[tuple[np.ndarray, ...]]:
+    """The convolutions among `layers` as linear layers, for images of `shape`, in the order in which they come.
+
+    Each is (places, weight, bias): for each place the numbers of the pixels that a filter covers there, -1 for what is
+    beyond the border, and views of the parameters.
+    """
+    convolutions = []
+    for layer in [each for each in layers if isinstance(each, nn.Conv2d)]:
+        numbers = np.arange(math.prod(shape)).reshape(shape)
+        numbers = np.pad(numbers, ((0, 0), layer.padding, layer.padding), constant_values=-1)
+        places = sliding_window_view(numbers, layer.kernel_size, axis=(1, 2))[:, :: layer.stride[0], :: layer.stride[1]]
+        shape = (layer.out_channels, *places.shape[1:3])
+        places = places.transpose(1, 2, 0, 3, 4).reshape(shape[1] * shape[2], -1)
+        convolutions.append((places, layer.weight.detach().flatten(1).T.numpy(), layer.bias.detach().numpy()))
+    return convolutions
 
 
 class QNetwork(nn.Module):
@@ -195,8 +208,7 @@ class QNetwork(nn.Module):
         if len(shape) == 3:
             body = image_layers(shape)
             self.q = nn.Sequential(*body, nn.Linear(body[-2].out_features, num_actions))
-            layers = [body[1], body[-2], self.q[-1]] if max(shape[1:]) <= SMALL else []
-            self.activation, self.patches = partial(np.maximum, 0), patches(shape)
+            layers, self.activation = [body[-2], self.q[-1]], NUMPY[type(body[-1])]
         else:
             layers = [nn.Linear(shape[0], 64), nn.Linear(64, 64), nn.Linear(64, num_actions)]
             for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), 1.0), strict=True):
@@ -207,25 +219,22 @@ class QNetwork(nn.Module):
         # self.q is Q(s, .; theta), shape (n, actions), of n observations
         self.theta = parameters_to_vector(self.parameters()).detach().share_memory_() if theta is None else theta
         vector_to_parameters(self.theta, self.parameters())
-        # The same, but for four convolutions, as numpy views of the same memory: a fraction of torch's time.
-        self.layers = [(layer.weight.detach().flatten(1).T.numpy(), layer.bias.detach().numpy()) for layer in layers]
+        # The same as numpy views of the same memory: for one observation they take a fraction of torch's time.
+        self.layers = [(layer.weight.detach().T.numpy(), layer.bias.detach().numpy()) for layer in layers]
+        self.convolutions = numpy_convolutions(self.q, shape)
 
     def act(self, observation: np.ndarray, epsilon: float = 0.0, rng: np.random.Generator | None = None) -> int:
         """The index of an epsilon-greedy action for one observation, a vector or an image."""
         if epsilon and rng.random() < epsilon:
             return int(rng.random() * self.q[-1].out_features)
-        if not self.layers:
-            with torch.inference_mode():
-                return int(self.q(torch.from_numpy(observation[None])).argmax())
-        x = observation
-        *hidden, (last_weight, last_bias) = self.layers
-        if x.ndim == 3:  # a convolution is a linear layer for each patch
-            weight, bias = hidden.pop(0)
-            x = x.take(self.patches) / np.float32(255 if x.dtype == np.uint8 else 1)
-            x = self.activation(x @ weight + bias).T.ravel()
-        for weight, bias in hidden:
+        x = observation / np.float32(255) if observation.dtype == np.uint8 else observation
+        for places, weight, bias in self.convolutions:
+            x = self.activation(np.append(x, np.float32(0)).take(places) @ weight + bias).T
+        x = x.ravel()
+        for weight, bias in self.layers[:-1]:
             x = self.activation(x @ weight + bias)
-        return int((x @ last_weight + last_bias).argmax())
+        weight, bias = self.layers[-1]
+        return int((x @ weight + bias).argmax())
 
 
 def td_targets(rewards: torch.Tensor, next_values: torch.Tensor, gamma: float, n_step: int = 1) -> torch.Tensor:
