@@ -52,6 +52,8 @@ class Args:
     """Adam's learning rate for the actor"""
     gamma: Fraction = 0.99
     """discount factor"""
+    reward_scale: PositiveFloat = 1.0
+    """what rewards are multiplied by to learn from them; values of a few dozen are learned the fastest"""
     tau: Fraction = 0.005
     """how much of the networks goes into the target networks at each step"""
     target_network: bool = True
@@ -537,7 +539,7 @@ def main(args: Args) -> int:
                 raise FloatingPointError(f"the environment returned {next_observation} and {reward} at step {T + 1:,}")
             T += 1
             # Store the transition in R
-            buffer.add(observation, action, reward, next_observation, terminated)
+            buffer.add(observation, action, args.reward_scale * reward, next_observation, terminated)
             observation = next_observation
             if terminated or truncated:
                 run.log_episode(T, 0, info["episode"])

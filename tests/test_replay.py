@@ -104,6 +104,7 @@ class Play:
 
 LOGGED = (100, 75), (200, 175), (260, 250)  # rows of metrics.csv, and the means of T over every 50th update
 OU = {"noise": "ou", "noise_std": 2.0, "final_noise_std": 0.1, "ou_theta": 0.4, "num_threads": 2, "learning_rate": 0.1}
+OU |= {"reward_scale": 0.5}
 
 
 @pytest.mark.parametrize(("env_id", "options"), [("ReusesItsArray", {}), ("BoundedScript", OU), ("Script", {})])
@@ -114,8 +115,9 @@ def test_the_loop(monkeypatch, train, env_id, options):
     assert not np.array_equal(observations[0], ddpg.make_env(f"probes:{env_id}-v0").reset(seed=1)[0])
     # transitions: the real last observation, and terminal states apart from time limits
     s, a, others = np.split(play.rows, [3, -5], axis=1)
+    scale = options.get("reward_scale", 1.0)
     np.testing.assert_array_equal(s, observations)
-    np.testing.assert_array_equal(others, np.column_stack([rewards, s_next, terminated]).astype(np.float32))
+    np.testing.assert_array_equal(others, np.column_stack([scale * rewards, s_next, terminated]).astype(np.float32))
     for T, rows, stat in play.saved:  # before the checkpoint, and with room on the disk for the rest
         assert np.array_equal(rows, np.where(np.arange(260)[:, None] < T, play.rows, 0))
         assert stat.st_blocks * 512 >= stat.st_size
@@ -231,13 +233,7 @@ def test_minibatches_are_uniform_and_copies():
 
 def test_file_that_does_not_fit_or_is_damaged_is_refused(tmp_path):
     path = tmp_path / "replay.npy"
-    for (capacity, size, actions), count in (
-        ((5, 3, 3), 4),
-        ((5, 2, 2), 4),
-        ((3, 2, 3), 4),
-        ((6, 2, 3), 7),
-        ((4, 2, 3), 7),
-    ):
+    for capacity, size, actions, count in (5, 3, 3, 4), (5, 2, 2, 4), (3, 2, 3, 4), (6, 2, 3, 7), (4, 2, 3, 7):
         fill(ReplayBuffer(5, (2,), 3), range(count)).create(path)
         with pytest.raises(ValueError, match="has the shape"):
             ReplayBuffer(capacity, (size,), actions).load(path, count)
