@@ -30,7 +30,7 @@ from image_speed import train_a2c, train_dqn
 import a3c
 
 GAMES = ("Breakout", "Asterix", "Freeway", "Seaquest", "SpaceInvaders")
-A3C = "--t-max=20 --learning-rate=6e-3 --ent-coef=0.02 --max-grad-norm=40"
+A3C = "--t-max=20 --learning-rate=1e-3 --rmsprop-eps=1e-3 --ent-coef=0.02 --max-grad-norm=40"
 Q = "--train-frequency=20 --learning-rate=3e-3 --rmsprop-eps=0.1 --max-grad-norm=40 --target-network-frequency=5000"
 METHODS = {
     "A3C": ("a3c.py", A3C),

@@ -1,0 +1,84 @@
+"""Pong from its screen: a3c.py with two workers, 5 million steps of 4 frames each, score over hours.
+
+    pip install -r experiments/requirements.txt
+    python experiments/pong.py
+
+One run of an hour or more on two cores. Ctrl-C or SIGTERM saves it, and the same command goes on with it. When it has
+ended, experiments/results/pong/ has its curve, its args.json, its evaluation and its checkpoint:
+`python a3c.py --evaluate experiments/results/pong --capture-video` films it. The picture, docs/pong.png, is drawn from
+the curve: the mean score of the last 20 training games, exploration included. It can be drawn while the run goes on,
+too (`--draw-only`).
+"""
+
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import tools
+
+SETTINGS = "--env-id=ale_py:PongNoFrameskip-v4 --num-workers=2 --t-max=20 --learning-rate=2e-4 --rmsprop-eps=1e-5"
+SETTINGS += " --ent-coef=0.01 --max-grad-norm=40 --log-interval=20000"
+RESULTS = tools.RESULTS / "pong"
+
+
+@dataclass
+class Args:
+    seed: int = 1
+    """seed of the run"""
+    steps: int = 5_000_000
+    """environment steps of 4 frames each"""
+    draw_only: bool = False
+    """draw what there is of the run, and do not go on with it"""
+    log_dir: Path = Path("runs/pong")
+    """where the run is kept"""
+
+
+def keep(run: Path) -> None:
+    """Write the curve of the run, a row for each game, and what else there is to keep."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    tools.read_table(run, "episodes").drop(columns="worker").round(1).to_csv(RESULTS / "games.csv.gz", index=False)
+    for name in ("args.json", "evaluation.json", "checkpoint.pt"):
+        if (run / name).exists():
+            shutil.copy(run / name, RESULTS)
+
+
+def draw() -> None:
+    games = pd.read_csv(RESULTS / "games.csv.gz")
+    figure, ((over_hours, over_steps),) = tools.new_figure(1, 2)
+    for axes, x, label in (
+        (over_hours, games["time"] / 3600, "hours"),
+        (over_steps, games["step"] / 1e6, "million steps"),
+    ):
+        axes.plot(x, games["return"], ".", markersize=2, alpha=0.3)
+        axes.plot(x, games["return"].rolling(20).mean(), linewidth=2)
+        axes.set(xlabel=label, ylabel="score", title="a3c.py, Pong")
+        axes.grid(alpha=0.3)
+    tools.save_figure(figure, "pong.png")
+    last = games["return"].tail(20).mean()
+    reached = games[games["return"].rolling(20).mean() >= 18]
+    first = f"{reached['step'].iloc[0]:,} steps" if len(reached) else "not reached"
+    print(f"{games['step'].max():,} steps, last 20 training games {last:.1f}; mean of 20 training games at 18: {first}")
+
+
+def main(args: Args) -> int:
+    runs, code = sorted(args.log_dir.glob("*/checkpoint.pt")), 0
+    if not args.draw_only:
+        flags = [f"--resume={runs[-1].parent}"] if runs else [*SETTINGS.split(), f"--seed={args.seed}"]
+        command = [sys.executable, str(tools.ROOT / "a3c.py"), *flags, f"--log-dir={args.log_dir}"]
+        process = subprocess.Popen([*command, f"--total-timesteps={args.steps}"])
+        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the run as well, which saves
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        code = process.wait()
+        runs = sorted(args.log_dir.glob("*/checkpoint.pt"))
+    if runs:
+        keep(runs[-1].parent)
+    draw()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(tools.parse_args(Args)))
