@@ -99,7 +99,7 @@ def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42)
 
     Images stay bytes or bools, with channels first. Atari is played as in the paper: up to 30 steps of nothing at the
     start, each action for 4 frames, of which the last two are merged, grey, and four such images stacked; rewards are
-    clipped to [-1, 1]. All other observations become vectors.
+    clipped to [-1, 1]. (The `ALE/` games repeat an action by chance, too.) All other observations become vectors.
 
     A Box of actions becomes flat, too; -1 and 1 stand for its bounds, and what lies outside of these is clipped.
     Discrete actions count from 0.
@@ -126,7 +126,7 @@ def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42)
         env = wrappers.TransformReward(wrappers.FrameStackObservation(env, 4), lambda reward: np.clip(reward, -1, 1))
     space = env.observation_space
     if is_image(space):
-        if space.shape[0] >= min(space.shape[1:]):  # the channels come last
+        if space.shape[0] >= min(space.shape[1:]) and not is_atari:  # the channels come last
             low, high = np.moveaxis(space.low, -1, 0), np.moveaxis(space.high, -1, 0)
             space = spaces.Box(low, high, dtype=space.dtype)
             env = wrappers.TransformObservation(env, lambda image: image.transpose(2, 0, 1), space)
@@ -194,17 +194,17 @@ NUMPY = {nn.ReLU: lambda x: np.maximum(x, 0), nn.ELU: lambda x: np.maximum(x, 0)
 def numpy_convolutions(layers: nn.Sequential, shape: tuple[int, ...]) -> list[tuple[np.ndarray, ...]]:
     """The convolutions among `layers` as linear layers, for images of `shape`, in the order in which they come.
 
-    Each is (places, weight, bias): for each place the numbers of the pixels that a filter covers there, -1 for what is
+    Each is (patches, weight, bias): for each place the numbers of the pixels that a filter covers there, -1 for what is
     beyond the border, and views of the parameters.
     """
     convolutions = []
     for layer in [each for each in layers if isinstance(each, nn.Conv2d)]:
-        numbers = np.arange(math.prod(shape)).reshape(shape)
-        numbers = np.pad(numbers, ((0, 0), layer.padding, layer.padding), constant_values=-1)
-        places = sliding_window_view(numbers, layer.kernel_size, axis=(1, 2))[:, :: layer.stride[0], :: layer.stride[1]]
-        shape = (layer.out_channels, *places.shape[1:3])
-        places = places.transpose(1, 2, 0, 3, 4).reshape(shape[1] * shape[2], -1)
-        convolutions.append((places, layer.weight.detach().flatten(1).T.numpy(), layer.bias.detach().numpy()))
+        pixels = np.arange(math.prod(shape)).reshape(shape)
+        pixels = np.pad(pixels, ((0, 0), layer.padding, layer.padding), constant_values=-1)
+        patches = sliding_window_view(pixels, layer.kernel_size, axis=(1, 2))[:, :: layer.stride[0], :: layer.stride[1]]
+        shape = (layer.out_channels, *patches.shape[1:3])
+        patches = patches.transpose(1, 2, 0, 3, 4).reshape(shape[1] * shape[2], -1)
+        convolutions.append((patches, layer.weight.detach().flatten(1).T.numpy(), layer.bias.detach().numpy()))
     return convolutions
 
 
@@ -240,8 +240,8 @@ class ActorCritic(nn.Module):
     def outputs(self, observation: np.ndarray) -> np.ndarray:
         """The actor's outputs for one observation."""
         x = observation / np.float32(255) if observation.dtype == np.uint8 else observation
-        for places, weight, bias in self.convolutions:
-            x = self.activation(np.append(x, np.float32(0)).take(places) @ weight + bias).T
+        for patches, weight, bias in self.convolutions:  # the 0 at the end is pixel -1, beyond the border
+            x = self.activation(np.append(x, np.float32(0)).take(patches) @ weight + bias).T
         x = x.ravel()
         for weight, bias in self.layers[:-1]:
             x = self.activation(x @ weight + bias)

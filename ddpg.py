@@ -43,7 +43,8 @@ class Args:
     learning_starts: NonNegativeInt = 1_000
     """steps with uniformly random actions before the first update"""
     buffer_size: PositiveInt = 1_000_000
-    """transitions that the replay memory R holds, no more than --total-timesteps; then the oldest are overwritten"""
+    """transitions that the replay memory R holds, no more than --total-timesteps; then the oldest are overwritten. With
+    --pixels it holds so many images and one more, and an episode of n transitions has n + 1"""
     batch_size: PositiveInt = 64
     """N: transitions in a minibatch; each step learns from one minibatch"""
     learning_rate: PositiveFloat = 1e-3
@@ -53,7 +54,7 @@ class Args:
     gamma: Fraction = 0.99
     """discount factor"""
     reward_scale: PositiveFloat = 1.0
-    """what rewards are multiplied by to learn from them; values of a few dozen are learned the fastest"""
+    """what rewards are multiplied by when y is computed: Q of a few dozen is learned faster than of thousands"""
     tau: Fraction = 0.005
     """how much of the networks goes into the target networks at each step"""
     target_network: bool = True
@@ -72,7 +73,7 @@ class Args:
     """temperature of the Gumbel-Softmax samples that replace mu(s) and its noise where actions are Discrete"""
     logit_penalty: NonNegativeFloat = 1e-3
     """weight of the mean squared output in the actor's loss, where actions are Discrete, so that these stay uncertain,
-    and with --pixels, so that tanh does not stick at its bounds; later practice"""
+    and with --pixels, so that tanh does not stick at its bounds; not in the paper"""
     pixels: bool = False
     """learn from rendered images alone, 64x64; each action is held for three steps, which are all seen, as in the
     paper"""
@@ -109,7 +110,9 @@ def make_env(env_id: str, render_mode: str | None = None, pixels: bool = False) 
         env = wrappers.ResizeObservation(wrappers.AddRenderObservation(env), (64, 64))
         env = wrappers.RepeatAction(wrappers.FrameStackObservation(env, 3), 3)
         maps = spaces.Box(0, 255, (9, 64, 64), np.uint8)
+        # (3, 64, 64, 3) becomes (3, 3, 64, 64), then (9, 64, 64)
         env = wrappers.TransformObservation(env, lambda x: np.moveaxis(x, -1, 1).reshape(maps.shape), maps)
+        env.reset()  # raises if what it renders is not made of bytes for red, green and blue
     env = wrappers.RecordEpisodeStatistics(env)
     space = env.observation_space
     if not pixels and (not isinstance(space, spaces.Box) or len(space.shape) != 1):
@@ -181,7 +184,7 @@ class Actor(nn.Module):
         self.net = nn.Sequential(*layers, last_layer(hidden, self.action_size, shape))
 
     def forward(self, observations: torch.Tensor, greedy: bool = False) -> torch.Tensor:
-        """mu(s) for observations of shape (n, observation_size): shape (n, action_size).
+        """mu(s) for observations of shape (n, observation_size) or (n, 9, 64, 64): shape (n, action_size).
 
         `greedy` takes the likeliest of Discrete actions instead of a sample.
         """
@@ -228,7 +231,7 @@ class Critic(nn.Module):
         self.before, self.after = nn.Sequential(*before), nn.Sequential(*after)
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """Q of n pairs, shapes (n, observation_size) and (n, action_size): shape (n,)."""
+        """Q of n pairs, shapes (n, observation_size) or (n, 9, 64, 64), and (n, action_size): shape (n,)."""
         if self.discrete:
             return (self.after(self.before(observations)) * actions).sum(1)
         return self.after(torch.cat([self.before(observations), actions], dim=1)).squeeze(-1)
@@ -297,7 +300,7 @@ class ReplayBuffer:
         self.saved = self.count
 
     def save(self, path: Path) -> None:
-        """Write the transitions since the last call into the file."""
+        """Write the transitions since the last call into the file, and what may have changed of the one before."""
         new = np.arange(max(0, self.saved - 1, self.count - self.capacity), self.count) % self.capacity
         np.load(path, mmap_mode="r+")[new] = self.rows[new]
         self.saved = self.count
@@ -328,8 +331,11 @@ class ImageReplayBuffer(ReplayBuffer):
         self.rows = np.zeros(self.capacity, [("image", np.uint8, shape), *numbers, ("goes_on", bool)])
 
     def add(self, observation, action, reward: float, next_observation, terminated: bool) -> None:
-        """Store a transition in place of the oldest."""
-        if observation is not self.newest:  # the first of an episode
+        """Store a transition in place of the oldest.
+
+        `observation` is the last call's `next_observation`, the same object, or the first of an episode.
+        """
+        if observation is not self.newest:
             self.add_image(observation)
         row = self.rows[(self.count - 1) % self.capacity]
         row["action"], row["reward"], row["terminated"], row["goes_on"] = action, reward, terminated, True
@@ -344,11 +350,10 @@ class ImageReplayBuffer(ReplayBuffer):
     def sample(self, n: int, rng: np.random.Generator) -> list[torch.Tensor]:
         """n random transitions, as `ReplayBuffer.sample` gives them, with images of bytes."""
         i = rng.integers(min(self.count, self.capacity), size=n)
-        while (ends := ~self.rows["goes_on"][i]).any():  # draw those again, with which no transition begins
+        while (ends := ~self.rows["goes_on"][i]).any():  # draw again where an episode has ended
             i[ends] = rng.integers(min(self.count, self.capacity), size=ends.sum())
-        rows, next_images = self.rows[i], self.rows["image"][(i + 1) % self.capacity]
-        parts = rows["image"], rows["action"], rows["reward"], next_images, rows["terminated"]
-        return [torch.from_numpy(part.copy()) for part in parts]
+        s, a, r, end = (self.rows[name][i] for name in ("image", "action", "reward", "terminated"))
+        return [torch.from_numpy(part) for part in (s, a, r, self.rows["image"][(i + 1) % self.capacity], end)]
 
     def load(self, path: Path, count: int) -> None:
         """As `ReplayBuffer.load`; the capacity may always grow."""
@@ -387,12 +392,12 @@ def td_target(rewards, next_values, terminated, gamma: float):
     return rewards + gamma * (1 - terminated) * next_values
 
 
-def critic_loss(model: DDPG, batch: list[torch.Tensor], gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
+def critic_loss(model: DDPG, batch: list[torch.Tensor], args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """L = 1/N sum (y_i - Q(s_i, a_i))^2, with a gradient for the critic alone, and the mean of Q(s_i, a_i)."""
     observations, actions, rewards, next_observations, terminated = batch
     with torch.no_grad():
         next_values = model.target_critic(next_observations, model.target_actor(next_observations))
-        y = td_target(rewards, next_values, terminated, gamma)
+        y = td_target(args.reward_scale * rewards, next_values, terminated, args.gamma)
     values = model.by_minibatch(model.critic, observations, actions)
     assert values.shape == y.shape, (values.shape, y.shape)
     return F.mse_loss(values, y), values.detach().mean()
@@ -431,7 +436,7 @@ def update(model: DDPG, optimizers: dict, batch: list[torch.Tensor], args: Args)
         FloatingPointError: the critic's loss is not finite; no parameter has changed.
     """
     # Update critic by minimizing the loss
-    loss, q_values = critic_loss(model, batch, args.gamma)
+    loss, q_values = critic_loss(model, batch, args)
     if not loss.isfinite():
         raise FloatingPointError(f"the critic's loss is {loss.item()}: check the learning rates")
     optimizers["critic"].zero_grad()
@@ -539,7 +544,7 @@ def main(args: Args) -> int:
                 raise FloatingPointError(f"the environment returned {next_observation} and {reward} at step {T + 1:,}")
             T += 1
             # Store the transition in R
-            buffer.add(observation, action, args.reward_scale * reward, next_observation, terminated)
+            buffer.add(observation, action, reward, next_observation, terminated)
             observation = next_observation
             if terminated or truncated:
                 run.log_episode(T, 0, info["episode"])

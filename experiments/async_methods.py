@@ -8,10 +8,10 @@ on two of the games: many hours on two cores, so that it is made to be interrupt
 --steps 100000 --seeds 21` is a trial of two minutes. Each finished run leaves a table in experiments/results/, from
 which everything is drawn; one whose table is there is not run again.
 
-The tables have the score of each hundredth of the steps: the mean return of the training episodes that end in it. Of
-Q-learning's workers it is that of the first alone, whose epsilon ends at 0.01; the others explore more. A score in the
-table that is printed is the greedy policy's mean return over 20 episodes after training. The mean over the seeds stands
-with its 95 % bootstrap interval and with all of them; the first row is a random policy's, over 300 episodes.
+These tables have the score of each hundredth of the steps: the mean return of the training episodes that end in it. Of
+Q-learning's workers it is that of the first alone, whose epsilon ends at 0.01; the others explore more. Printed are the
+greedy policy's mean return over 20 episodes after training, and that of the last 100 of these training episodes: the
+mean over the seeds with its 95 % bootstrap interval, and all of them. A random policy plays 300 episodes.
 
 The picture, docs/async_methods.png, shows score over hours and over steps, a thin line for each run and the median of
 the runs thick. A run that fails is left out and reported, and the exit code is 1.
@@ -62,13 +62,15 @@ class Args:
 def keep(folder: Path, table: Path, steps: int) -> dict:
     """Write the curve of a run into `table`. Returns its scores."""
     episodes = tools.read_table(folder, "episodes")
-    scores = tools.read_return(folder) | {LAST: episodes["return"].tail(100).mean()}
     if "worker" in episodes and "async_qlearning" in str(tools.find(folder, "args.json")):
         episodes = episodes[episodes["worker"] == 0]
+    scores = tools.read_return(folder) | {LAST: episodes["return"].tail(100).mean()}
     points = np.ceil(episodes["step"] / steps * POINTS).clip(1, POINTS)
     curve = episodes.groupby(points)[["step", "time", "return"]].mean().assign(**scores)
+    if curve.empty:
+        raise ValueError("no episode has ended")
     table.parent.mkdir(parents=True, exist_ok=True)
-    curve.round(3).to_csv(table, index=False)
+    curve.round(3).to_csv(table, index_label="hundredth")
     return scores
 
 
@@ -90,7 +92,7 @@ def table_of(game: str, method: str, steps: int, seed: int | str) -> Path:
 
 def tables_of(game: str, method: str, steps: int) -> list[pd.DataFrame]:
     pattern = table_of(game, method, steps, "*")
-    return [pd.read_csv(path) for path in sorted(pattern.parent.glob(pattern.name))]
+    return [pd.read_csv(path, index_col="hundredth") for path in sorted(pattern.parent.glob(pattern.name))]
 
 
 def draw(column: np.ndarray, game: str, curves: dict[str, list[pd.DataFrame]]) -> None:
@@ -113,8 +115,9 @@ def show(args: Args) -> None:
     for game, column in zip(args.games, panels.T, strict=True):
         curves = {method: tables_of(game, method, args.steps) for method in (*METHODS, *PEERS)}
         draw(column, game, curves)
+        at_random = tools.cell(random_score(f"MinAtar/{game}-v1"))
         for kind, table in scores.items():
-            table.loc["random policy", game] = tools.cell(random_score(f"MinAtar/{game}-v1"))
+            table.loc["random policy", game] = at_random
             for method, tables in curves.items():
                 table.loc[method, game] = tools.with_interval([each[kind].iloc[-1] for each in tables])
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(curves))

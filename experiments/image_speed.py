@@ -3,12 +3,13 @@
     pip install -r experiments/requirements.txt
     python experiments/image_speed.py --output image_speed.csv
 
-About 12 minutes on two idle cores; `--repeats 1 --steps 5000 --pong-steps 2000` is a trial. Everyone has the network of
+About 40 minutes on two cores; `--repeats 1 --steps 5000 --pong-steps 2000` is a trial. Everyone has the network of
 a3c.py and the same environments, made by its `make_env`: `a3c.py` with two workers, PFRL's A3C with two processes and
 the same hyperparameters, SB3's A2C with 8 environments, its settings for Atari and one torch thread. On Pong there is
 also the emulator alone, with random actions and without a network, in two processes.
 
-The rate is that of the episodes of `tools.read_speed`; the emulator's is of all its steps. Every run has a process of
+The rate is that of the episodes of `tools.read_speed`; the emulator's is of all its steps. A segment of A3C ends where an
+episode does, so that a policy which soon loses needs more updates for as many steps; that of A2C does not. Every run has a process of
 its own, one after the other, and the contestants take turns. Ratios are of runs with the same seed. A run that fails is
 left out and reported, and the exit code is 1.
 """
@@ -33,20 +34,20 @@ from common.evaluation import evaluate
 
 BREAKOUT, PONG = "MinAtar/Breakout-v1", "ale_py:PongNoFrameskip-v4"
 OURS, SB3, PFRL, EMULATOR = "a3c.py, 2 workers", "SB3 A2C, 8 environments", "PFRL A3C, 2 processes", "emulator alone"
-SETTINGS = {"t_max": 20, "ent_coef": 0.01, "max_grad_norm": 40.0}
+SETTINGS = {"t_max": 20, "learning_rate": 1e-3, "rmsprop_eps": 1e-3, "ent_coef": 0.02, "max_grad_norm": 40.0}
 
 
 @dataclass
 class Args:
     only: Literal["breakout", "pong"] | None = None
     """measure this game alone"""
-    repeats: int = 5
+    repeats: int = 3
     """runs of each contestant, with seeds seed, seed + 1, ..."""
     seed: int = 1
     """seed of the first run"""
-    steps: int = 60_000
+    steps: int = 200_000
     """steps of each run on Breakout"""
-    pong_steps: int = 25_000
+    pong_steps: int = 20_000
     """steps of each run on Pong"""
     output: Path | None = None
     """write every run to this CSV file"""

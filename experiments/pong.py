@@ -65,15 +65,16 @@ def draw() -> None:
 
 
 def main(args: Args) -> int:
-    runs, code = sorted(args.log_dir.glob("*/checkpoint.pt")), 0
-    if not args.draw_only:
+    pattern, code = f"*__a3c__{args.seed}__*/checkpoint.pt", 0
+    runs = sorted(args.log_dir.glob(pattern))
+    if not (args.draw_only or (runs and (runs[-1].parent / "evaluation.json").exists())):
         flags = [f"--resume={runs[-1].parent}"] if runs else [*SETTINGS.split(), f"--seed={args.seed}"]
         command = [sys.executable, str(tools.ROOT / "a3c.py"), *flags, f"--log-dir={args.log_dir}"]
         process = subprocess.Popen([*command, f"--total-timesteps={args.steps}"])
         signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the run as well, which saves
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         code = process.wait()
-        runs = sorted(args.log_dir.glob("*/checkpoint.pt"))
+        runs = sorted(args.log_dir.glob(pattern))
     if runs:
         keep(runs[-1].parent)
     draw()

@@ -140,7 +140,7 @@ def play(
                 if log_dir is None:
                     folder = Path(tempfile.mkdtemp(dir=temporary))
                 else:
-                    folder = log_dir.absolute() / re.sub(r"[^\w.=-]+", "_", " ".join(arguments[:-1]))
+                    folder = log_dir.absolute() / re.sub(r"[^\w.=-]+", "_", " ".join(arguments).replace("{folder}", ""))
                 arguments = [part.replace("{folder}", str(folder)) for part in arguments]
                 jobs.append((name, seed, folder, command, arguments))
         try:

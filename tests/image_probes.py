@@ -85,6 +85,16 @@ class Painted(Probe):
         return image
 
 
+class PaintedInGrey(Painted):
+    def render(self):
+        return super().render()[:, :, 0]
+
+
+class PaintedInFloats(Painted):
+    def render(self):
+        return super().render() / 255
+
+
 class PaintedForTwoActions(Painted):
     action_space = spaces.Discrete(2)
 

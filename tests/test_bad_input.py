@@ -96,6 +96,8 @@ def test_what_no_script_takes(refuse, script, arguments, text):
         (ddpg, ("--env-id", "probes:Target-v0"), "needs Discrete actions or a Box of real numbers with bounds"),
         (ddpg, ("--env-id", "probes:HugeBounds-v0"), "needs Discrete actions or a Box of real numbers with bounds"),
         (ddpg, ("--pixels", "--env-id", "probes:BoundedConstant-v0"), "probes:BoundedConstant-v0 cannot be used"),
+        (ddpg, ("--pixels", "--env-id", "image_probes:PaintedInGrey-v0"), "PaintedInGrey-v0 cannot be used"),
+        (ddpg, ("--pixels", "--env-id", "image_probes:PaintedInFloats-v0"), "PaintedInFloats-v0 cannot be used"),
         (
             ddpg,
             ("--pixels", "--env-id", "image_probes:PaintedForTwoActions-v0"),

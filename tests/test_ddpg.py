@@ -96,17 +96,19 @@ def Q(critic, x, actions, by_batch: bool = False):
     return affine(affine(torch.cat([x, actions], 1), second).relu(), last)[:, 0]
 
 
-def targets(model: DDPG, batch: list, gamma: float) -> torch.Tensor:
+def targets(model: DDPG, batch: list, gamma: float, scale: float = 1.0) -> torch.Tensor:
     *_, rewards, s_next, terminated = batch
     next_values = Q(model.target_critic, s_next, outputs(model.target_actor, s_next).tanh())
-    y = [r if end else r + gamma * q for r, q, end in zip(rewards, next_values, terminated, strict=True)]
+    y = [
+        scale * r if end else scale * r + gamma * q for r, q, end in zip(rewards, next_values, terminated, strict=True)
+    ]
     return torch.stack(y).detach()
 
 
 def lecture(model: DDPG, optimizers: dict, batch: list, args: Args) -> dict[str, torch.Tensor]:
     """The lecture's lines from "Set y_i" on, each as it stands there."""
     s, a, *_ = batch
-    y = targets(model, batch, args.gamma)
+    y = targets(model, batch, args.gamma, args.reward_scale)
     values = Q(model.critic, s, a, by_batch=True)
     L = ((y - values) ** 2).sum() / 7
     descend(L, optimizers["critic"])
@@ -142,7 +144,7 @@ def check_gradient(gradients, function, network: nn.Module, eps: float = 1e-6) -
 @EACH_BRANCH
 def test_update_is_the_lectures_lines(branch):
     """In every tensor: no network but that whose gradient is taken renews its running statistics, for one thing."""
-    args, model = Args(tau=0.3, gamma=0.8, **branch), make_model(**branch)
+    args, model = Args(tau=0.3, gamma=0.8, reward_scale=0.5, **branch), make_model(**branch)
     models = model, copy.deepcopy(model)
     optimizers = [make_optimizers(each, torch.optim.Adam, actor=0.01, critic=0.03) for each in models]
     for seed in range(3):
@@ -235,7 +237,7 @@ def test_discrete_targets_are_values_of_a_sample():
     parts(model.target_actor, nn.Linear)[-1].bias.data = torch.tensor([0.0, 100.0, 0.0]).double()  # always the second
     s, a, r, s_next, terminated = batch
     errors = r + 0.9 * (1 - terminated) * outputs(model.target_critic, s_next)[:, 1] - outputs(model.critic, s)[a == 1]
-    torch.testing.assert_close(ddpg.critic_loss(model, batch, 0.9)[0], errors.square().mean())
+    torch.testing.assert_close(ddpg.critic_loss(model, batch, Args(gamma=0.9))[0], errors.square().mean())
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])

@@ -18,7 +18,7 @@ MINATAR, ATARI = "MinAtar/Breakout-v1", "ale_py:PongNoFrameskip-v4"
 
 def needs(env_id: str) -> None:
     """Skip the test where the package is not installed."""
-    for package in ("minatar",) if env_id == MINATAR else ("ale_py", "cv2"):
+    for package in ("minatar",) if "MinAtar" in env_id else ("ale_py", "cv2"):
         pytest.importorskip(package)
 
 
@@ -45,15 +45,18 @@ def outputs(network, images: np.ndarray) -> torch.Tensor:
         ("image_probes:LargeImages-v0", (2, 64, 48), np.uint8),
         ("image_probes:BoolImages-v0", (2, 8, 6), np.bool_),
         (MINATAR, (4, 10, 10), np.bool_),
+        ("MinAtar/Seaquest-v1", (10, 10, 10), np.bool_),
         (ATARI, (4, 42, 42), np.uint8),
     ],
 )
 def test_channels_come_first_and_images_stay_what_they_are(script, env_id, shape, dtype):
-    if ":" not in env_id or env_id == ATARI:
+    if "image_probes" not in env_id:
         needs(env_id)
     env = script.make_env(env_id)
     observation, _ = env.reset(seed=0)
     for _ in range(3):
+        if "MinAtar" in env_id:
+            np.testing.assert_array_equal(observation, np.moveaxis(env.unwrapped.game.state(), -1, 0))
         assert env.observation_space == spaces.Box(0, 255 if dtype is np.uint8 else 1, shape, dtype)
         assert (observation.shape, observation.dtype) == (shape, dtype)
         assert env.observation_space.contains(observation)
@@ -91,14 +94,14 @@ def test_atari_skips_frames_once_and_stacks_four(script, env_id):
 
 @each_script(*WITH_WORKERS)
 def test_clipping_touches_learning_and_not_the_tables(train, monkeypatch, script):
-    """A game of five steps in which every step pays 3."""
+    """A game of five steps in which every step pays 3 or -3, by turns."""
     needs(ATARI)
     step, rewards = gym.wrappers.AtariPreprocessing.step, []
 
     def five_steps(self, action):
         self.count = getattr(self, "count", 0) + 1
         observation, *_, info = step(self, action)
-        return observation, 3.0, self.count % 5 == 0, False, info
+        return observation, 3.0 if self.count % 2 else -3.0, self.count % 5 == 0, False, info
 
     update = {a3c: "a3c_loss", async_qlearning: "q_loss"}[script]
     learn = getattr(script, update)
@@ -110,10 +113,10 @@ def test_clipping_touches_learning_and_not_the_tables(train, monkeypatch, script
     monkeypatch.setattr(gym.wrappers.AtariPreprocessing, "step", five_steps)
     monkeypatch.setattr(script, update, look)
     _, folder = train(script, env_id=ATARI, total_timesteps=40, eval_episodes=1)
-    assert set(rewards) == {1.0}
-    assert set(tables(folder)[0]["return"]) == {15.0}
+    assert set(rewards) == {1.0, -1.0}
+    assert set(tables(folder)[0]["return"]) == {3.0, -3.0}
     assert set(tables(folder)[0]["length"]) == {5}
-    assert '"mean_return": 15.0' in (folder / "evaluation.json").read_text()
+    assert '"mean_return": 3.0' in (folder / "evaluation.json").read_text()
 
 
 # Networks
@@ -199,11 +202,14 @@ def test_a_probe_of_images_is_learned(train, script, name):
 def test_smoke(train, script, env_id):
     needs(env_id)
     options = {"env_id": env_id, "backend": "process", "num_workers": 2, "total_timesteps": 100, "log_interval": 50}
+    options["screen_size"] = 50
     code, folder = train(script, **options)
     assert code == 0
     checkpoint = load(folder)
     assert 100 < checkpoint["step"] <= 120
     assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
+    features = 32 * 4 * 4 if env_id == ATARI else 16 * 8 * 8
+    assert features in [tensor.shape[1] for tensor in checkpoint["model"].values() if tensor.dim() == 2]
     assert script.main(script.Args(**checkpoint["args"] | {"resume": str(folder), "total_timesteps": 200})) == 0
     assert load(folder)["step"] > 200
 

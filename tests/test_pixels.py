@@ -39,7 +39,7 @@ def test_an_action_is_held_for_three_steps_which_are_all_seen():
             observation, *result, info = env.step(np.array([side - 0.5]))
             np.testing.assert_array_equal(observation, paint(steps, side))
             assert env.observation_space.contains(observation)
-            by_limit = bool(seed % 2 == 0 and end)
+            by_limit = bool(seed % 2 and end)
             assert result == [pytest.approx(reward), end and not by_limit, by_limit]
             assert ("episode" in info) == (number == 2)
         assert (info["episode"]["r"], info["episode"]["l"]) == (pytest.approx(7 / 3), 3)
@@ -165,6 +165,16 @@ def test_memory_of_images_holds_what_a_plain_list_holds(tmp_path_factory, capaci
         buffer.save(path)
         first = max(first, len(experience.stored) - (capacity + 1))
         del experience.stored[count:]
+
+
+def test_minibatches_of_images_are_uniform():
+    """Over transitions, and no row without one makes that before or after it likelier."""
+    buffer, experience, n = ImageReplayBuffer(30, (3, 2, 2), 2), Experience(), 20_000
+    for steps in (1, 4, 1, 2):
+        experience.play(buffer, steps)
+    rewards = buffer.sample(n, np.random.default_rng(0))[2].tolist()
+    shares = [rewards.count(each[2]) / n for each in experience.transitions]
+    np.testing.assert_allclose(shares, 1 / 8, atol=4 * (7 / 64 / n) ** 0.5)
 
 
 def test_file_of_images_that_does_not_fit_is_refused(tmp_path):

@@ -104,7 +104,7 @@ class Play:
 
 LOGGED = (100, 75), (200, 175), (260, 250)  # rows of metrics.csv, and the means of T over every 50th update
 OU = {"noise": "ou", "noise_std": 2.0, "final_noise_std": 0.1, "ou_theta": 0.4, "num_threads": 2, "learning_rate": 0.1}
-OU |= {"reward_scale": 0.5}
+OU |= {"reward_scale": 0.5}  # the memory and the tables have rewards as they are
 
 
 @pytest.mark.parametrize(("env_id", "options"), [("ReusesItsArray", {}), ("BoundedScript", OU), ("Script", {})])
@@ -115,9 +115,8 @@ def test_the_loop(monkeypatch, train, env_id, options):
     assert not np.array_equal(observations[0], ddpg.make_env(f"probes:{env_id}-v0").reset(seed=1)[0])
     # transitions: the real last observation, and terminal states apart from time limits
     s, a, others = np.split(play.rows, [3, -5], axis=1)
-    scale = options.get("reward_scale", 1.0)
     np.testing.assert_array_equal(s, observations)
-    np.testing.assert_array_equal(others, np.column_stack([scale * rewards, s_next, terminated]).astype(np.float32))
+    np.testing.assert_array_equal(others, np.column_stack([rewards, s_next, terminated]).astype(np.float32))
     for T, rows, stat in play.saved:  # before the checkpoint, and with room on the disk for the rest
         assert np.array_equal(rows, np.where(np.arange(260)[:, None] < T, play.rows, 0))
         assert stat.st_blocks * 512 >= stat.st_size
