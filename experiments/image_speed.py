@@ -8,10 +8,10 @@ a3c.py and the same environments, made by its `make_env`: `a3c.py` with two work
 the same hyperparameters, SB3's A2C with 8 environments, its settings for Atari and one torch thread. On Pong there is
 also the emulator alone, with random actions and without a network, in two processes.
 
-The rate is that of the episodes of `tools.read_speed`; the emulator's is of all its steps. A segment of A3C ends where an
-episode does, so that a policy which soon loses needs more updates for as many steps; that of A2C does not. Every run has a process of
-its own, one after the other, and the contestants take turns. Ratios are of runs with the same seed. A run that fails is
-left out and reported, and the exit code is 1.
+The rate is that of the episodes of `tools.read_speed`; the emulator's is of all its steps. A segment of A3C ends where
+an episode does, so that a policy which soon loses needs more updates for as many steps; that of A2C does not. Every run
+has a process of its own, one after the other, and the contestants take turns. Ratios are of runs with the same seed. A
+run that fails is left out and reported, and the exit code is 1.
 """
 
 import sys
