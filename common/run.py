@@ -132,7 +132,8 @@ class Run:
 
         `episode` is what the wrapper `RecordEpisodeStatistics` puts into `info` at the end of an episode.
         """
-        seconds, score = (now or time.monotonic()) - self.zero, float(episode["r"])
+        # One that ends with the very first step may be seen before `start` is called: it ends then.
+        seconds, score = max(self.first_seconds, (now or time.monotonic()) - self.zero), float(episode["r"])
         self.episodes.write({"step": step, "time": seconds, "worker": worker, "return": score, "length": episode["l"]})
         self.recent = [*self.recent[-49:], (score, episode["l"])]
 

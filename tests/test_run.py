@@ -231,6 +231,13 @@ def test_rows_tell_step_time_and_speed(new_run, monkeypatch):
     assert last == {tag: (1420, value) for tag, value in (expected | {"charts/episodic_length": 69}).items()}
 
 
+def test_no_episode_ends_before_training_begins(new_run):
+    """A worker's first may be reported a moment before the main process says that it begins."""
+    run = new_run({"step": 1000, "seconds": 50.0})
+    run.log_episode(1001, 0, {"r": 1.0, "l": 1}, now=run.zero)
+    assert tables(run.folder)[0]["time"].tolist() == [50]
+
+
 def test_progress_is_a_plain_line_now_and_then(new_run, monkeypatch, capsys):
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
