@@ -98,10 +98,8 @@ def Q(critic, x, actions, by_batch: bool = False):
 
 def targets(model: DDPG, batch: list, gamma: float, scale: float = 1.0) -> torch.Tensor:
     *_, rewards, s_next, terminated = batch
-    next_values = Q(model.target_critic, s_next, outputs(model.target_actor, s_next).tanh())
-    y = [
-        scale * r if end else scale * r + gamma * q for r, q, end in zip(rewards, next_values, terminated, strict=True)
-    ]
+    q_next = Q(model.target_critic, s_next, outputs(model.target_actor, s_next).tanh())
+    y = [r if end else r + gamma * q for r, q, end in zip(scale * rewards, q_next, terminated, strict=True)]
     return torch.stack(y).detach()
 
 
