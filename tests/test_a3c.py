@@ -84,7 +84,7 @@ def test_spaces_are_flat_or_refused(monkeypatch):
         assert make_env("probes:Constant-v0").observation_space.shape == (size,)
     assert make_env("probes:DictObservation-v0").reset()[0].shape == (11,)
     monkeypatch.setattr(probes.Constant, "action_space", spaces.Tuple([spaces.Discrete(2)]))
-    for name in "NarrowImages", "Words", "Constant", "ManyActions", "IntegerBox":
+    for name in "Words", "Constant", "ManyActions", "IntegerBox":
         with pytest.raises(ValueError, match=r"observations|images|actions"):
             make_env(f"probes:{name}-v0")
     env = make_env("CartPole-v1", "rgb_array")

@@ -38,7 +38,7 @@ def test_observations_are_flat_and_actions_count_from_0(monkeypatch, shape, dtyp
     assert received == [start, start + 1, start + 2]
     assert "EnvChecker" not in str(env)
     assert make_env("CartPole-v1", "rgb_array").render_mode == "rgb_array"
-    for refused in ("NarrowImages", "Words", "ManyActions", "IntegerBox"):
+    for refused in ("Words", "ManyActions", "IntegerBox"):
         with pytest.raises(ValueError, match=r"^(its (observations|images) |Q-learning needs Discrete)"):
             make_env(f"probes:{refused}-v0")
 

@@ -79,6 +79,7 @@ def test_what_no_script_takes(refuse, script, arguments, text):
         (a3c, ("--max-grad-norm", 0), "--max-grad-norm must be above 0"),
         (a3c, ("--rmsprop-alpha", -0.1), "--rmsprop-alpha must be between 0 and 1"),
         (a3c, ("--env-id", "image_probes:NarrowImages-v0"), "its images have a side of less than 3"),
+        (async_qlearning, ("--env-id", "image_probes:NarrowImages-v0"), "its images have a side of less than 3"),
         (gae, ("--env-id", "image_probes:Images-v0"), "its observations do not flatten to a vector"),
         (ddpg, ("--env-id", "image_probes:Images-v0"), "its observations do not flatten to a vector"),
         (async_qlearning, ("--env-id", "Pendulum-v1"), "Q-learning needs Discrete actions (ddpg.py takes a Box)"),

@@ -313,7 +313,7 @@ def test_environments_are_flat_or_refused(monkeypatch):
         monkeypatch.setattr(probes.Constant, "observation_space", space)
         assert make_env("probes:Constant-v0").observation_space.shape == (size,)
     assert make_env("probes:DictObservation-v0").reset()[0].shape == (11,)
-    for name in "Images", "Words", "ManyActions", "IntegerBox", "HugeBounds", "Target", "ScriptBox":
+    for name in "Words", "ManyActions", "IntegerBox", "HugeBounds", "Target", "ScriptBox":
         with pytest.raises(ValueError, match=r"^its observations do not|^ddpg\.py needs"):
             make_env(f"probes:{name}-v0")
     env = make_env("CartPole-v1", "rgb_array")
