@@ -188,7 +188,7 @@ def image_layers(shape: tuple[int, ...]) -> nn.Sequential:
 
 
 # The activations of images in numpy
-NUMPY = {nn.ReLU: lambda x: np.maximum(x, 0), nn.ELU: lambda x: np.maximum(x, 0) + np.expm1(np.minimum(x, 0))}
+NUMPY = {nn.ReLU: lambda x: np.maximum(x, 0), nn.ELU: lambda x: np.maximum(x, np.expm1(np.minimum(x, 0)))}
 
 
 def numpy_convolutions(layers: nn.Sequential, shape: tuple[int, ...]) -> list[tuple[np.ndarray, ...]]:
@@ -241,7 +241,7 @@ class ActorCritic(nn.Module):
         """The actor's outputs for one observation."""
         x = observation / np.float32(255) if observation.dtype == np.uint8 else observation
         for patches, weight, bias in self.convolutions:  # the 0 at the end is pixel -1, beyond the border
-            x = self.activation(np.append(x, np.float32(0)).take(patches) @ weight + bias).T
+            x = self.activation(np.append(x, np.float32(0))[patches] @ weight + bias).T
         x = x.ravel()
         for weight, bias in self.layers[:-1]:
             x = self.activation(x @ weight + bias)
