@@ -153,13 +153,17 @@ def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42)
     return TransformAction(env, to_bounds, spaces.Box(-np.inf, np.inf, (center.size,)))
 
 
+def orthogonal(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
+    """The layer with orthogonal weights, scaled by `gain`, and biases of 0."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
-    """Two hidden layers of 64 tanh units; orthogonal weights, those of the last layer scaled by `gain`."""
-    layers = [nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
-    for layer, layer_gain in zip(layers[::2], (math.sqrt(2), math.sqrt(2), gain), strict=True):
-        nn.init.orthogonal_(layer.weight, layer_gain)
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)
+    """Two hidden layers of 64 tanh units; the weights of the last layer are scaled by `gain`."""
+    hidden = [orthogonal(nn.Linear(inputs, 64)), nn.Tanh(), orthogonal(nn.Linear(64, 64)), nn.Tanh()]
+    return nn.Sequential(*hidden, orthogonal(nn.Linear(64, outputs), gain))
 
 
 class ToFloat(nn.Module):
@@ -177,14 +181,13 @@ def image_layers(shape: tuple[int, ...]) -> nn.Sequential:
     filters of 8x8 pixels are made for 84x84.
     """
     channels, height, width = shape
-    layers, units, activation = [ToFloat(), nn.Conv2d(channels, 16, 3), nn.ReLU()], 128, nn.ReLU()
+    layers, units, activation = [ToFloat(), orthogonal(nn.Conv2d(channels, 16, 3)), nn.ReLU()], 128, nn.ReLU()
     if max(height, width) > 20:
         layers, units, activation = [ToFloat()], 256, nn.ELU()
         for inputs in (channels, 32, 32, 32):
-            layers += [nn.Conv2d(inputs, 32, 3, stride=2, padding=1), activation]
-    layers.append(nn.Flatten())
-    features = nn.Sequential(*layers)(torch.zeros(1, *shape)).shape[1]
-    return nn.Sequential(*layers, nn.Linear(features, units), activation)
+            layers += [orthogonal(nn.Conv2d(inputs, 32, 3, stride=2, padding=1)), activation]
+    features = nn.Sequential(*layers)(torch.zeros(1, *shape)).numel()
+    return nn.Sequential(*layers, nn.Flatten(), orthogonal(nn.Linear(features, units)), activation)
 
 
 # The activations of images in numpy
@@ -225,7 +228,7 @@ class ActorCritic(nn.Module):
         if len(observation_shape) == 3:
             self.body = image_layers(observation_shape)
             units = self.body[-2].out_features
-            self.actor, self.critic = nn.Linear(units, outputs), nn.Linear(units, 1)
+            self.actor, self.critic = orthogonal(nn.Linear(units, outputs), 0.01), orthogonal(nn.Linear(units, 1), 1.0)
             layers, self.activation = [self.body[-2], self.actor], NUMPY[type(self.body[-1])]
         else:
             self.body, size = nn.Sequential(), observation_shape[0]

@@ -146,6 +146,13 @@ def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42)
     return env if space.start == 0 else TransformAction(env, lambda a: space.start + a, spaces.Discrete(space.n))
 
 
+def orthogonal(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
+    """The layer with orthogonal weights, scaled by `gain`, and biases of 0."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class ToFloat(nn.Module):
     """Bytes as numbers from 0 to 1, bools as 0 or 1."""
 
@@ -161,14 +168,13 @@ def image_layers(shape: tuple[int, ...]) -> nn.Sequential:
     filters of 8x8 pixels are made for 84x84.
     """
     channels, height, width = shape
-    layers, units, activation = [ToFloat(), nn.Conv2d(channels, 16, 3), nn.ReLU()], 128, nn.ReLU()
+    layers, units, activation = [ToFloat(), orthogonal(nn.Conv2d(channels, 16, 3)), nn.ReLU()], 128, nn.ReLU()
     if max(height, width) > 20:
         layers, units, activation = [ToFloat()], 256, nn.ELU()
         for inputs in (channels, 32, 32, 32):
-            layers += [nn.Conv2d(inputs, 32, 3, stride=2, padding=1), activation]
-    layers.append(nn.Flatten())
-    features = nn.Sequential(*layers)(torch.zeros(1, *shape)).shape[1]
-    return nn.Sequential(*layers, nn.Linear(features, units), activation)
+            layers += [orthogonal(nn.Conv2d(inputs, 32, 3, stride=2, padding=1)), activation]
+    features = nn.Sequential(*layers)(torch.zeros(1, *shape)).numel()
+    return nn.Sequential(*layers, nn.Flatten(), orthogonal(nn.Linear(features, units)), activation)
 
 
 # The activations of images in numpy
@@ -207,13 +213,11 @@ class QNetwork(nn.Module):
         super().__init__()
         if len(shape) == 3:
             body = image_layers(shape)
-            self.q = nn.Sequential(*body, nn.Linear(body[-2].out_features, num_actions))
+            self.q = nn.Sequential(*body, orthogonal(nn.Linear(body[-2].out_features, num_actions), 1.0))
             layers, self.activation = [body[-2], self.q[-1]], NUMPY[type(body[-1])]
         else:
-            layers = [nn.Linear(shape[0], 64), nn.Linear(64, 64), nn.Linear(64, num_actions)]
-            for layer, gain in zip(layers, (math.sqrt(2), math.sqrt(2), 1.0), strict=True):
-                nn.init.orthogonal_(layer.weight, gain)
-                nn.init.zeros_(layer.bias)
+            layers = [orthogonal(nn.Linear(shape[0], 64)), orthogonal(nn.Linear(64, 64))]
+            layers.append(orthogonal(nn.Linear(64, num_actions), 1.0))
             self.q = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
             self.activation = np.tanh
         # self.q is Q(s, .; theta), shape (n, actions), of n observations
