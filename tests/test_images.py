@@ -181,7 +181,7 @@ PROBE = {
 def test_a_probe_of_images_is_learned(train, script, name):
     """Without a future, the values of all states are 1, those of the worse actions -1."""
     env_id = f"image_probes:{name}-v0"
-    options = {"gamma": 0.0, "learning_rate": 3e-3, "anneal_lr": False, **PROBE[script]}
+    options = {"gamma": 0.0, "learning_rate": 1e-3, "anneal_lr": False, **PROBE[script]}
     _, folder = train(script, env_id=env_id, total_timesteps=1500, **options)
     env = script.make_env(env_id)
     network = new_network(script, env.observation_space.shape, 2)
