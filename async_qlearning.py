@@ -307,6 +307,8 @@ def final_epsilons(args: Args) -> np.ndarray:
     The paper draws each one from a distribution. Here worker i gets its quantile (i + 1/2) / num_workers, so that of
     few workers, too, the right share has each epsilon.
     """
+    if len(args.final_epsilons) != len(args.final_epsilon_probs) or abs(sum(args.final_epsilon_probs) - 1) > 1e-6:
+        fail(f"--final-epsilon-probs must be {len(args.final_epsilons)} numbers that sum to 1")
     order = np.argsort(args.final_epsilons)
     ends = np.cumsum(np.array(args.final_epsilon_probs)[order])
     quantiles = (np.arange(args.num_workers) + 0.5) / args.num_workers
@@ -458,8 +460,6 @@ def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> 
 def main(args: Args) -> int:
     """Train, go on training or only evaluate, as `args` says. Returns the exit code."""
     check_args(args)
-    if len(args.final_epsilons) != len(args.final_epsilon_probs) or abs(sum(args.final_epsilon_probs) - 1) > 1e-6:
-        fail(f"--final-epsilon-probs must be {len(args.final_epsilons)} numbers that sum to 1")
     checkpoint = load_checkpoint(args, SCRIPT)
     with failing(f"{args.env_id} cannot be used"):
         eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None, args.screen_size)

@@ -42,6 +42,19 @@ def parse_args(args_class: type):
     return tyro.cli(args_class, description=sys.modules["__main__"].__doc__)
 
 
+def start_ray(address: str | None) -> None:
+    """Connect to the Ray cluster at `address`, by default RAY_ADDRESS, or start Ray on this machine alone."""
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    options = {"include_dashboard": False, "object_store_memory": 2**28} if address == "local" else {}
+    handler = signal.getsignal(signal.SIGTERM)
+    with contextlib.chdir(ROOT):  # from where all of Ray's processes import
+        ray.init(address, logging_level="error", **options)
+    signal.signal(signal.SIGTERM, handler)
+
+
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
@@ -283,13 +296,17 @@ def compare_returns(name: str, parts: dict, args) -> list[pd.DataFrame]:
     return results
 
 
+def interval(values: list[float]) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the mean; NaN where it cannot be known."""
+    if len(values) < 2 or np.ptp(values) == 0:
+        return np.nan, np.nan
+    return tuple(stats.bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval)
+
+
 def with_interval(values: list[float]) -> str:
     """The mean, its 95 % bootstrap interval, and all values."""
-    text = ", ".join(map(cell, values))
-    if len(values) < 2 or np.ptp(values) == 0:
-        return text
-    low, high = stats.bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval
-    return f"{cell(np.mean(values))} ({cell(low)} to {cell(high)}): {text}"
+    text, (low, high) = ", ".join(map(cell, values)), interval(values)
+    return text if np.isnan(low) else f"{cell(np.mean(values))} ({cell(low)} to {cell(high)}): {text}"
 
 
 def ratio(runs: pd.DataFrame, measure: str, above, below) -> pd.Series:

@@ -1,0 +1,323 @@
+"""A3C, or asynchronous Q-learning, with its workers on all machines of a Ray cluster.
+
+    pip install -r requirements.txt -r experiments/requirements-ray.txt
+    python experiments/cluster_a3c.py --num-workers 64 --env-id MinAtar/Breakout-v1
+
+The worker is the script's own, unchanged. Only what workers share is another object: theta, the optimiser's statistics
+and T live in a parameter server, an actor of Ray. A worker calls it once for each segment; it sends d theta, its steps
+and its episode and gets theta and T. Between the calls it works on its copy.
+
+Without --address and RAY_ADDRESS, Ray is started on this machine alone. A worker that is lost, or whose machine is, is
+started again where there is room. Without room, the run goes on without it. The run's folder is that of the script:
+`python a3c.py --evaluate RUN` films its policy, and either program goes on with it by --resume.
+"""
+
+import argparse
+import importlib
+import queue
+import re
+import secrets
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Literal, get_args
+
+import gymnasium as gym
+import numpy as np
+import ray
+import tools
+import torch
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from common.arguments import fail, failing, load_checkpoint, parse_args
+from common.evaluation import check_film, evaluate
+from common.ranges import PositiveFloat, check_args
+from common.run import Run, seed_everything
+
+Script = Literal["a3c.py", "async_qlearning.py"]
+STATE = ("theta", "g", "theta_target")  # what the server keeps; a3c.py has no theta_target
+PATIENCE_SECONDS = 60.0  # how long a run that is ending waits for a worker
+MAX_LOSSES = 100  # of each worker: one that dies whenever it is started again ends the run
+
+
+def args_class(name: str) -> type:
+    """The arguments of a script and of its cluster."""
+
+    @dataclass
+    class Args(importlib.import_module(name).Args):
+        script: Script = f"{name}.py"
+        """whose worker to run"""
+        address: str | None = None
+        """of the cluster, or `auto`; by default RAY_ADDRESS, and without it Ray starts on this machine"""
+        cpus_per_worker: PositiveFloat = 1.0
+        """share of the cluster's CPUs that a worker claims; what finds no room waits for it"""
+        overlap: bool = False
+        """do not wait for the server's answer to a segment before the next one: theta is a segment older"""
+
+    return Args
+
+
+class Server:
+    """The parameter server. What it keeps and how it learns is the script's own `Shared`.
+
+    Args:
+        name: of the script, without .py.
+        args: the script's.
+        state: arrays by their names in STATE.
+        step: T.
+    """
+
+    def __init__(self, name: str, args, state: dict, step: int):
+        torch.set_num_threads(1)
+        self.shared = importlib.import_module(name).Shared(torch.tensor(state["theta"]), args, queue.SimpleQueue)
+        for key, value in state.items():
+            getattr(self.shared, key).copy_(torch.tensor(value))
+        self.shared.steps[0] = step
+        if "theta_target" in state:
+            self.shared.target_updates.value = step // args.target_network_frequency
+        self.learned, self.begun = {}, [0] * args.num_workers
+
+    def join(self, worker: int) -> tuple:
+        """A worker begins, for the first time or after it was lost."""
+        self.begun[worker] += 1
+        return self.read(known_target=-1)
+
+    def exchange(self, worker: int, life: str, number: int, segment: dict, known_target: int) -> tuple:
+        """Learn from a segment and return what `read` does.
+
+        Args:
+            worker: its index.
+            life: a name that no other worker has, nor the one in whose place it is.
+            number: counts its segments. One that has been learned is not learned again, whoever repeats the call.
+            segment: d_theta and learning_rate, steps, episode (of the last step), metrics.
+            known_target: which theta- the worker has.
+        """
+        if number > self.learned.get(life, 0):
+            self.learned[life] = number
+            self.shared.steps[worker] += segment["steps"] - 1
+            self.shared.count_step(worker, segment["episode"])
+            if hasattr(self.shared, "update_target"):
+                self.shared.update_target(self.shared.T)
+            self.shared.update(torch.tensor(segment["d_theta"]), segment["learning_rate"])
+            self.shared.log(worker, segment["metrics"])
+        return self.read(known_target)
+
+    def read(self, known_target: int) -> tuple:
+        """T, whether to stop, theta, and which theta- there is, with its parameters if the worker has another one."""
+        target = self.shared.target_updates.value if hasattr(self.shared, "target_updates") else -1
+        theta_target = None if target == known_target else self.shared.theta_target.numpy()
+        return self.shared.T, self.shared.stop.value, self.shared.theta.numpy(), target, theta_target
+
+    def report(self, stop: bool, with_state: bool) -> tuple:
+        """T, the episodes since the last call, how often each worker has begun; the metrics' means and the state.
+
+        `stop` is passed on to the workers.
+        """
+        self.shared.stop.value |= stop
+        episodes = sorted(self.shared.reported())
+        means = self.shared.means() if with_state else {}
+        state = {key: getattr(self.shared, key).numpy() for key in STATE if with_state and hasattr(self.shared, key)}
+        return self.shared.T, episodes, self.begun, means, state
+
+
+def ask(method, *call):
+    """Call a method of the server. Where the answer is lost, ask again, until the server answers or is lost, too.
+
+    Raises:
+        ActorDiedError: the server is lost.
+    """
+    while True:
+        try:
+            return ray.get(method.remote(*call))
+        except ActorUnavailableError:  # for a while
+            time.sleep(1.0)
+
+
+class RemoteShared:
+    """What `Shared` is to a worker, by way of the server.
+
+    Args:
+        server: the actor.
+        worker: index.
+        overlap: go on with the answer to the call before, while the present one is under way.
+    """
+
+    def __init__(self, server, worker: int, overlap: bool):
+        self.server, self.worker, self.overlap = server, worker, overlap
+        self.stop, self.done = SimpleNamespace(value=False), {}
+        self.life, self.number, self.steps, self.episode = secrets.token_hex(8), 0, 0, None
+        self.under_way, answer = None, ask(server.join, worker)
+        self.theta = torch.tensor(answer[2])
+        self.theta_target = None if answer[4] is None else torch.tensor(answer[4])
+        self.receive(*answer)
+
+    def receive(self, T: int, stop: bool, theta: np.ndarray, target: int, theta_target: np.ndarray | None) -> None:
+        """Take over what `Server.read` returns."""
+        self.T, self.stop.value, self.known_target = T, stop, target  # T is the server's, without the steps since
+        self.theta.numpy()[:] = theta
+        if theta_target is not None:
+            self.theta_target.numpy()[:] = theta_target
+
+    def count_step(self, worker: int, episode: dict | None = None) -> None:
+        """t <- t + 1; only the last step of a segment can end an episode."""
+        self.steps, self.episode = self.steps + 1, episode
+
+    def update_target(self, T: int) -> None:
+        """The server does that."""
+
+    def update(self, d_theta: torch.Tensor, learning_rate: float) -> None:
+        """Keep what there is to learn until `log`, which follows."""
+        self.segment = {"d_theta": d_theta.numpy(), "learning_rate": learning_rate}
+
+    def log(self, worker: int, metrics: dict[str, float]) -> None:
+        """Send the segment, and take theta and T from the answer.
+
+        Raises:
+            ActorDiedError: the server is lost.
+        """
+        self.number += 1
+        segment = self.segment | {"metrics": metrics, "steps": self.steps, "episode": self.episode}
+        call = self.worker, self.life, self.number, segment, self.known_target
+        self.steps, answer = 0, self.server.exchange.remote(*call)
+        if self.overlap:
+            answer, self.under_way = self.under_way, answer
+        if answer is None:  # the first segment: there is no call before it
+            return
+        try:
+            self.receive(*ray.get(answer))
+        except ActorUnavailableError:  # whether the call has arrived is not known; repeating it does no harm
+            self.receive(*ask(self.server.exchange, *call))
+
+
+def work(name: str, index: int, args, server) -> None:
+    """One worker, a task of Ray."""
+    shared = RemoteShared(server, index, args.overlap)
+    if shared.T <= args.total_timesteps and not shared.stop.value:  # or else it found room too late
+        importlib.import_module(name).worker(index, args, shared, seed_everything(args.seed, shared.T, index))
+    if shared.under_way is not None:
+        ray.get(shared.under_way)
+
+
+def new_model(script: ModuleType, env: gym.Env) -> torch.nn.Module:
+    """The network of a script."""
+    if script.SCRIPT == "a3c":
+        return script.ActorCritic(env.observation_space.shape, env.action_space)
+    return script.QNetwork(env.observation_space.shape, int(env.action_space.n))
+
+
+def room_for_workers(cpus: float) -> int:
+    """How many tasks with so many CPUs the cluster's machines have room for."""
+    return sum(int(node["Resources"].get("CPU", 0) / cpus) for node in ray.nodes() if node["Alive"])
+
+
+def main(script: ModuleType, args) -> int:
+    """Train or go on training, as `args` says. Returns the exit code."""
+    name, address = script.SCRIPT, args.address
+    check_args(args)
+    if args.evaluate is not None:
+        fail(f"evaluate with: python {name}.py --evaluate {args.evaluate}")
+    checkpoint = load_checkpoint(args, name)
+    facts = {"backend_used": "ray"}
+    if name == "async_qlearning":
+        facts["epsilons"] = script.final_epsilons(args).tolist()
+    with failing(f"{args.env_id} cannot be used"):
+        eval_env = script.make_env(args.env_id, "rgb_array" if args.capture_video else None, args.screen_size)
+    if args.capture_video:
+        check_film(eval_env)
+    seed_everything(args.seed, 0)
+    model = new_model(script, eval_env)
+    if checkpoint:
+        with failing(f"the checkpoint does not fit {args.env_id} as it is installed here"):
+            model.load_state_dict(checkpoint["model"])
+        if checkpoint["step"] > args.total_timesteps:
+            fail(f"{args.resume} has done {checkpoint['step']:,} steps already: give more with --total-timesteps")
+    state = {key: checkpoint[key].numpy() for key in STATE if key in (checkpoint or {})}
+    state["theta"] = model.theta.numpy()
+    with failing("no cluster"):
+        tools.start_ray(address)
+    args.address = None  # it may be another one when the run is resumed
+    room = room_for_workers(args.cpus_per_worker)
+    if room == 0:
+        fail(f"no machine of the cluster has --cpus-per-worker {args.cpus_per_worker:g} CPUs")
+    if room < args.num_workers:
+        print(f"{name}: there is room for {room} of {args.num_workers} workers (--cpus-per-worker); the others wait")
+
+    run = Run(name, args, script.METRICS, facts, checkpoint)
+    print(f"{name}: {args.env_id}, {args.num_workers} workers on a Ray cluster, {run.folder}", flush=True)
+    T, begun, last_progress = run.first_step, [1] * args.num_workers, time.monotonic()
+
+    def write(with_checkpoint: bool) -> int:
+        """Returns T."""
+        nonlocal begun
+        T, episodes, now_begun, means, state = ask(server.report, run.stopped, with_checkpoint)
+        for index, (now, before) in enumerate(zip(now_begun, begun, strict=True)):
+            if now > max(before, 1):
+                print(f"{name}: worker {index} was lost and has been started again", file=sys.stderr, flush=True)
+        begun = now_begun
+        for episode in episodes:
+            run.log_episode(*episode)
+        if means and T > run.last_step:
+            run.log_metrics(T, means)
+        if with_checkpoint:
+            model.theta.numpy()[:] = state.pop("theta")
+            run.save(T, model=model.state_dict(), **{key: torch.tensor(array) for key, array in state.items()})
+        return T
+
+    def check_worker(task) -> None:
+        """What one has raised ends the run, as in the script; Ray has started those again that were only lost."""
+        try:
+            ray.get(task)
+        except ActorDiedError:
+            raise
+        except RayError as error:
+            if run.exit_code != 1:
+                run.fail(re.sub(r"\x1b\[\d+m", "", str(error)))  # without colours
+
+    next_log = T // args.log_interval + 1
+    with run:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        new_server = ray.remote(Server).options(num_cpus=0, scheduling_strategy=here)
+        server = new_server.remote(name, args, state, T)
+        options = {"num_cpus": args.cpus_per_worker, "max_retries": MAX_LOSSES, "scheduling_strategy": "SPREAD"}
+        new_worker = ray.remote(work).options(**options)
+        workers = [new_worker.remote(name, index, args, server) for index in range(args.num_workers)]
+        try:
+            while workers:
+                now_T = write(with_checkpoint=next_log * args.log_interval <= T <= args.total_timesteps)
+                next_log = T // args.log_interval + 1
+                if now_T == run.first_step:
+                    run.start()
+                if now_T > T or (now_T <= args.total_timesteps and not run.stopped):
+                    last_progress = time.monotonic()
+                elif time.monotonic() - last_progress > PATIENCE_SECONDS:
+                    run.fail("a worker makes no progress and does not end")
+                    break
+                T = now_T
+                run.progress(T)
+                ended, workers = ray.wait(workers, num_returns=len(workers), timeout=0.1)
+                for each in ended:
+                    check_worker(each)
+        except ActorDiedError:
+            server = None
+            there_is = (run.folder / "checkpoint.pt").exists()
+            resume = f"python experiments/cluster_a3c.py --script {name}.py --resume {run.folder}"
+            run.fail(f"the parameter server is lost: {resume if there_is else 'there is no checkpoint yet'}")
+    if server is not None:
+        with run:
+            T = write(with_checkpoint=True)
+    run.close(T)
+    if run.exit_code == 0:
+        with run:
+            run.finish(*evaluate(model.act, eval_env, args, run.folder))
+    return run.exit_code
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--script", default="a3c.py")
+    known = parser.parse_known_args()[0].script
+    script = importlib.import_module(Path(known if known in get_args(Script) else "a3c.py").stem)
+    sys.exit(main(script, parse_args(args_class(script.SCRIPT), script.SCRIPT)))

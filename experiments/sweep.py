@@ -1,0 +1,197 @@
+"""Many runs of the scripts on a Ray cluster: every seed with every setting.
+
+    pip install -r requirements.txt -r experiments/requirements-ray.txt
+    python experiments/sweep.py a3c.py gae.py --seeds 1-10 --env-ids CartPole-v1 Acrobot-v1 \\
+        --grid learning_rate=1e-3,3e-3
+
+Without --address and RAY_ADDRESS, Ray is started on this machine alone. On a cluster, the project and --log-dir lie on
+a path that all machines share. In --log-dir, sweep.csv has a row for each run; the table on the terminal has one for
+each setting. A run that fails is reported and does not stop the others; the exit code is 1. The same command skips what
+is finished and starts the rest again, from its last checkpoints.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import ray
+import tools
+import torch
+import tyro
+from ray.exceptions import RayError
+from tqdm import tqdm
+
+from common.arguments import fail, failing
+from common.ranges import PositiveFloat, check_args
+
+RESERVED = {"env_id", "seed", "log_dir", "resume", "evaluate"}  # what --grid cannot set
+STOPPED = {130, 143, -signal.SIGINT, -signal.SIGTERM}  # exit codes
+
+
+@dataclass
+class Args:
+    scripts: tyro.conf.Positional[tuple[Literal["a3c.py", "async_qlearning.py", "gae.py", "ddpg.py"], ...]]
+    """what to run"""
+    seeds: str = "1-5"
+    """seeds of each setting, as 1-10 or 1,3,8"""
+    env_ids: tuple[str, ...] = ()
+    """environments; by default that of each script"""
+    grid: tuple[str, ...] = ()
+    """arguments with their values, as learning_rate=1e-3,3e-3 total_timesteps=50000; each combination is a setting"""
+    cpus_per_run: PositiveFloat | None = None
+    """CPUs that a run claims; by default one for each of its workers, but no more than a machine has"""
+    address: str | None = None
+    """of the cluster, or `auto`; by default RAY_ADDRESS, and without it Ray starts on this machine"""
+    log_dir: Path = Path("runs/sweep")
+    """where run folders and sweep.csv go"""
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The numbers in `1-3,8`: 1, 2, 3 and 8."""
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        fail(f"--seeds must be as 1-10 or 1,3,8, not {text}")
+    bounds = [part.split("-") for part in text.split(",")]
+    return [seed for part in bounds for seed in range(int(part[0]), int(part[-1]) + 1)]
+
+
+def all_runs(args: Args) -> pd.DataFrame:
+    """A row for each run: `script`, `env_id`, a column for each argument of the grid, `seed`, and `cpus` to claim.
+
+    `fail`s if a script does not take these arguments.
+    """
+    pairs = [text.lstrip("-").partition("=") for text in args.grid]
+    grid = {name.replace("-", "_"): values.split(",") for name, _, values in pairs}
+    if len(grid) < len(pairs) or grid.keys() & RESERVED:
+        fail(f"--grid takes every argument once, and none of {', '.join(sorted(RESERVED))}")
+    rows = []
+    for script in args.scripts:
+        script_args = importlib.import_module(Path(script).stem).Args
+        environments = args.env_ids or (script_args.env_id,)
+        for setting in itertools.product(environments, *grid.values(), parse_seeds(args.seeds)):
+            row = dict(zip(("script", "env_id", *grid, "seed"), (script, *setting), strict=True))
+            run_args = tyro.cli(script_args, args=to_flags(row))
+            check_args(run_args)
+            if run_args.eval_episodes == 0:
+                fail("the result of a run is its evaluation: give --grid eval_episodes=1 or more")
+            rows.append(row | {"cpus": args.cpus_per_run or getattr(run_args, "num_workers", 1)})
+    if not rows:
+        fail("nothing to run: give a script and --seeds")
+    return pd.DataFrame(rows).drop_duplicates(ignore_index=True)
+
+
+def to_flags(run: dict) -> list[str]:
+    """The command line of a run, without the script's name."""
+    options = {name.replace("_", "-"): value for name, value in run.items() if name not in ("script", "cpus")}
+    switches = {"True": "--{}", "False": "--no-{}"}
+    return [switches.get(value, f"--{{}}={value}").format(name) for name, value in options.items()]
+
+
+def play(script: str, flags: list[str], folder: Path) -> str:
+    """One run, a task of Ray, which goes on where an earlier one has ended. Returns why it failed, or nothing."""
+    if [*folder.rglob("evaluation.json")]:
+        return ""  # it had ended already when its task was lost
+    with contextlib.suppress(ValueError):  # there is no checkpoint yet
+        file = tools.find(folder, "checkpoint.pt")
+        checkpoint = torch.load(file, weights_only=True)
+        is_over = checkpoint["step"] >= checkpoint["args"]["total_timesteps"]
+        flags = [*flags, f"--{'evaluate' if is_over else 'resume'}={file.parent}"]
+    command = [sys.executable, script, *flags, f"--log-dir={folder}"]
+    (folder / "at_work").touch()
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *_: None
+    with open(folder / "output.txt", "a") as output:
+        options = {"stdout": output, "stderr": subprocess.STDOUT, "cwd": tools.ROOT}
+        # PR_SET_PDEATHSIG: it dies with its task, because another one may be about to go on with the run
+        code = subprocess.call(command, preexec_fn=lambda: prctl(1, signal.SIGKILL), **options)
+    (folder / "at_work").unlink()
+    if code in STOPPED:
+        os._exit(1)  # as this machine is going to, perhaps: Ray starts the run again
+    last = (folder / "output.txt").read_text().splitlines()[-3:]
+    return f"exit code {code}: {' | '.join(last)}" if code else ""
+
+
+def result(folder: Path) -> dict:
+    """What a run has reached."""
+    run = tools.find(folder, "evaluation.json").parent
+    end = tools.read_table(run, "metrics").iloc[-1]
+    speed = {tools.SPEED: end["step"] / end["time"], "seconds": end["time"]}
+    return tools.read_return(run) | speed | {"folder": str(run), "failed": ""}
+
+
+def summary(runs: pd.DataFrame) -> pd.DataFrame:
+    """Mean, its 95 % bootstrap interval, median and worst of the greedy returns of each setting."""
+    groups = runs.dropna(subset=tools.RETURN).groupby("setting", sort=False)[tools.RETURN]
+    table = groups.agg(["size", "mean", "median", "min"])
+    bounds = [tools.interval(returns.tolist()) for _, returns in groups]
+    table.insert(2, "from", [low for low, _ in bounds])
+    table.insert(3, "to", [high for _, high in bounds])
+    return table.set_axis(["runs", "mean", "95 % from", "to", "median", "worst"], axis=1)
+
+
+def main(args: Args) -> int:
+    runs = all_runs(args)
+    varied = [name for name in runs.columns[2:-2] if runs[name].nunique() > 1]
+    words = [runs["script"], runs["env_id"], *(f"{name}=" + runs[name] for name in varied)]
+    runs["setting"] = [" ".join(setting) for setting in zip(*words, strict=True)]
+    names = runs["setting"] + " seed " + runs["seed"].astype(str)
+    commands = [(run["script"], to_flags(run)) for run in runs.drop(columns="setting").to_dict("records")]
+    log_dir = args.log_dir.absolute()
+    folders = [log_dir / re.sub(r"[^\w.=-]+", "_", " ".join([script, *flags])) for script, flags in commands]
+    with failing("--log-dir"):
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "at_work").unlink(missing_ok=True)
+    with failing("no cluster"):
+        tools.start_ray(args.address)
+    largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    if args.cpus_per_run and args.cpus_per_run > largest:
+        fail(f"no machine of the cluster has --cpus-per-run {args.cpus_per_run:g} CPUs")
+    left, failed = {}, {}  # index of each task; cause of each run that has failed
+    for index, (command, folder) in enumerate(zip(commands, folders, strict=True)):
+        if not [*folder.rglob("evaluation.json")]:
+            task = ray.remote(play).options(num_cpus=float(min(runs["cpus"][index], largest)), max_retries=100)
+            left[task.remote(*command, folder)] = index
+    code = 0
+    with tqdm(total=len(runs), initial=len(runs) - len(left), unit=" runs", file=sys.stdout, disable=None) as bar:
+        try:
+            while left:
+                for each in ray.wait([*left], timeout=1.0)[0]:
+                    index = left.pop(each)
+                    try:
+                        cause = ray.get(each)
+                    except RayError as error:
+                        cause = str(error).strip().splitlines()[-1]
+                    if cause:
+                        failed[index] = cause
+                    bar.write(f"{names[index]}: {cause or 'finished'}")
+                    bar.update()
+                at_work = [names[index] for index in left.values() if (folders[index] / "at_work").exists()]
+                bar.set_postfix_str(f"{len(at_work)} at work: {', '.join(at_work)}")
+        except (KeyboardInterrupt, SystemExit) as end:
+            ray.shutdown()
+            bar.write("stopped; the same command goes on with what is left")
+            code = getattr(end, "code", 130)
+    rows = []
+    for index, folder in enumerate(folders):
+        rows.append({"folder": str(folder), "failed": failed.get(index, "not finished")})
+        with contextlib.suppress(ValueError, IndexError):
+            rows[-1] = result(folder)
+    runs = runs.join(pd.DataFrame(rows, columns=[tools.RETURN, tools.SPEED, "seconds", "folder", "failed"]))
+    runs.drop(columns=["setting", "cpus"]).to_csv(log_dir / "sweep.csv", index=False)
+    if runs[tools.RETURN].notna().any():
+        tools.print_table(tools.RETURN, summary(runs))
+    print(f"{len(runs)} runs, of which {len(failed)} have failed: {log_dir / 'sweep.csv'}")
+    return code or int(len(failed) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tools.parse_args(Args)))
