@@ -4,7 +4,7 @@
     python experiments/a3c_backends.py --env-id MinAtar/Breakout-v1 --total-timesteps 20000
 
 About 2 minutes on two cores. Run it under a Python with a GIL and under a free-threaded one to see what the GIL costs.
-Beside what a3c.py needs it needs pandas alone.
+Beside what a3c.py needs it needs pandas and scipy alone.
 """
 
 import sys

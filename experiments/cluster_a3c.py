@@ -19,6 +19,7 @@ import re
 import secrets
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -34,7 +35,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from common.arguments import fail, failing, load_checkpoint, parse_args
 from common.evaluation import check_film, evaluate
-from common.ranges import PositiveFloat, check_args
+from common.ranges import NonNegativeInt, PositiveFloat, check_args
 from common.run import Run, seed_everything
 
 Script = Literal["a3c.py", "async_qlearning.py"]
@@ -54,8 +55,8 @@ def args_class(name: str) -> type:
         """of the cluster, or `auto`; by default RAY_ADDRESS, and without it Ray starts on this machine"""
         cpus_per_worker: PositiveFloat = 1.0
         """share of the cluster's CPUs that a worker claims; what finds no room waits for it"""
-        overlap: bool = False
-        """do not wait for the server's answer to a segment before the next one: theta is a segment older"""
+        lag: NonNegativeInt = 0
+        """segments that a worker is ahead of the server's answers: 0 waits for each answer, 1 works meanwhile"""
 
     return Args
 
@@ -142,14 +143,14 @@ class RemoteShared:
     Args:
         server: the actor.
         worker: index.
-        overlap: go on with the answer to the call before, while the present one is under way.
+        lag: segments that it may be ahead of the answers.
     """
 
-    def __init__(self, server, worker: int, overlap: bool):
-        self.server, self.worker, self.overlap = server, worker, overlap
+    def __init__(self, server, worker: int, lag: int):
+        self.server, self.worker, self.lag = server, worker, lag
         self.stop, self.done = SimpleNamespace(value=False), {}
         self.life, self.number, self.steps, self.episode = secrets.token_hex(8), 0, 0, None
-        self.under_way, answer = None, ask(server.join, worker)
+        self.under_way, answer = deque(), ask(server.join, worker)
         self.theta = torch.tensor(answer[2])
         self.theta_target = None if answer[4] is None else torch.tensor(answer[4])
         self.receive(*answer)
@@ -173,7 +174,7 @@ class RemoteShared:
         self.segment = {"d_theta": d_theta.numpy(), "learning_rate": learning_rate}
 
     def log(self, worker: int, metrics: dict[str, float]) -> None:
-        """Send the segment, and take theta and T from the answer.
+        """Send the segment, and take theta and T from the answer to it or, with a lag, to an earlier one.
 
         Raises:
             ActorDiedError: the server is lost.
@@ -181,24 +182,21 @@ class RemoteShared:
         self.number += 1
         segment = self.segment | {"metrics": metrics, "steps": self.steps, "episode": self.episode}
         call = self.worker, self.life, self.number, segment, self.known_target
-        self.steps, answer = 0, self.server.exchange.remote(*call)
-        if self.overlap:
-            answer, self.under_way = self.under_way, answer
-        if answer is None:  # the first segment: there is no call before it
-            return
-        try:
-            self.receive(*ray.get(answer))
-        except ActorUnavailableError:  # whether the call has arrived is not known; repeating it does no harm
-            self.receive(*ask(self.server.exchange, *call))
+        self.steps = 0
+        self.under_way.append(self.server.exchange.remote(*call))
+        if len(self.under_way) > self.lag:
+            try:
+                self.receive(*ray.get(self.under_way.popleft()))
+            except ActorUnavailableError:  # whether the call has arrived is not known; repeating it does no harm
+                self.receive(*ask(self.server.exchange, *call))
 
 
 def work(name: str, index: int, args, server) -> None:
     """One worker, a task of Ray."""
-    shared = RemoteShared(server, index, args.overlap)
+    shared = RemoteShared(server, index, args.lag)
     if shared.T <= args.total_timesteps and not shared.stop.value:  # or else it found room too late
         importlib.import_module(name).worker(index, args, shared, seed_everything(args.seed, shared.T, index))
-    if shared.under_way is not None:
-        ray.get(shared.under_way)
+    ray.get([*shared.under_way])
 
 
 def new_model(script: ModuleType, env: gym.Env) -> torch.nn.Module:

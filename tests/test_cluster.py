@@ -70,10 +70,10 @@ def first_theta(script, args) -> torch.Tensor:
     return cluster_a3c.new_model(script, script.make_env(args.env_id)).theta
 
 
-def learn(script, args, overlap: bool = False) -> LocalServer:
+def learn(script, args) -> LocalServer:
     """Everything that one worker does, by way of a server."""
     server = LocalServer(script, args)
-    shared = cluster_a3c.RemoteShared(server, 0, overlap)
+    shared = cluster_a3c.RemoteShared(server, 0, lag=0)
     script.worker(0, args, shared, seed_everything(args.seed, 0))
     return server
 
@@ -125,23 +125,23 @@ def send(shared: cluster_a3c.RemoteShared, steps: int = 3) -> None:
 
 
 @pytest.mark.usefixtures("no_ray")
-@pytest.mark.parametrize("overlap", [False, True])
-def test_with_overlap_theta_is_one_segment_older(overlap):
+@pytest.mark.parametrize("lag", [0, 1, 3])
+def test_theta_and_T_are_so_many_segments_old(lag):
     server = LocalServer(a3c, new_args(a3c))
-    shared = cluster_a3c.RemoteShared(server, 0, overlap)
+    shared = cluster_a3c.RemoteShared(server, 0, lag)
     thetas = [server.shared.theta.clone()]
-    for segment in range(1, 4):
+    for segment in range(1, 6):
         send(shared)
         thetas.append(server.shared.theta.clone())
-        assert torch.equal(shared.theta, thetas[-2 if overlap else -1])
         assert not torch.equal(thetas[-1], thetas[-2])
-        assert (shared.T, server.shared.T) == (3 * (segment - overlap), 3 * segment)
+        assert torch.equal(shared.theta, thetas[max(0, segment - lag)])
+        assert (shared.T, server.shared.T) == (3 * max(0, segment - lag), 3 * segment)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("arrives", [False, True])
-def test_an_answer_that_is_lost_is_asked_for_again(monkeypatch, overlap, arrives):
-    """Whether the server has learned from the segment or not: it does so once. Only with overlap it may not at all."""
+def test_an_answer_that_is_lost_is_asked_for_again(monkeypatch, lag, arrives):
+    """Whether the server has learned from the segment or not: it does so once, or with a lag perhaps not at all."""
 
     def get(answer):
         if answer is lost:
@@ -153,7 +153,7 @@ def test_an_answer_that_is_lost_is_asked_for_again(monkeypatch, overlap, arrives
     monkeypatch.setattr(cluster_a3c.time, "sleep", lambda seconds: None)
     server = LocalServer(a3c, new_args(a3c))
     exchange = server.exchange
-    shared = cluster_a3c.RemoteShared(server, 0, overlap)
+    shared = cluster_a3c.RemoteShared(server, 0, lag)
     for segment in range(4):
         server.exchange = exchange if segment != 1 else SimpleNamespace(remote=lambda *call: lose(call))
 
@@ -164,8 +164,8 @@ def test_an_answer_that_is_lost_is_asked_for_again(monkeypatch, overlap, arrives
             return lost
 
         send(shared)
-    assert server.shared.T == 3 * (4 if arrives or not overlap else 3)
-    assert torch.equal(shared.theta, torch.tensor(exchange.answers[-1 - overlap][2]))
+    assert server.shared.T == 3 * (4 if arrives or not lag else 3)
+    assert torch.equal(shared.theta, torch.tensor(exchange.answers[-1 - lag][2]))
 
 
 # On a cluster of three nodes with a CPU each
@@ -298,9 +298,9 @@ def test_a_worker_that_raises_ends_the_run(run, cluster):
 
 @on_a_cluster
 def test_asynchronous_q_learning_on_this_machine_alone(run):
-    """With calls that overlap, and SIGTERM."""
-    options = {"script": "async_qlearning.py", "env_id": "CartPole-v1", "num_workers": 2, "overlap": True}
-    program = run("cluster_a3c.py", *as_options(**options)[:-1], **FOR_EVER)
+    """With a lag, and SIGTERM."""
+    options = {"script": "async_qlearning.py", "env_id": "CartPole-v1", "num_workers": 2, "lag": 1}
+    program = run("cluster_a3c.py", **options, **FOR_EVER)
     folder = program.files("metrics.csv", lines=3)[0].parent
     wait_until(lambda: set(tables(folder)[0]["worker"]) == {0, 1})
     code, output = program.stop(signal.SIGTERM)

@@ -1,0 +1,195 @@
+"""What cluster_a3c.py and sweep.py do: speed, what one parameter server bears, how old theta may be, lost workers.
+
+    pip install -r experiments/requirements.txt -r experiments/requirements-ray.txt
+    python experiments/cluster_results.py --only calls
+
+Each part is measured by itself; `--scale 0.1` makes a trial of it. The nodes of a cluster are simulated on this one
+machine. On two cores they take:
+
+- `calls`, 2 minutes: calls per second that one server answers to one and to two workers that do nothing else.
+- `speed`, half an hour: steps per second of two workers, beside the script's own processes.
+- `cartpole`, 3 minutes: greedy returns with two workers on two nodes.
+- `kills`, 15 minutes: greedy returns with three workers, and with one of them killed every 20 seconds.
+- `sweep`, 10 minutes: seconds for 20 runs, beside the same by `xargs -P 2`.
+- `staleness`, an hour, or with `--env-id MinAtar/Breakout-v1` many: greedy returns with --lag. A gradient is then of a
+  theta that has been updated workers (lag + 1) - 1 times since.
+"""
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import psutil
+import ray
+import tools
+from cluster_a3c import Server
+from image_speed import SETTINGS
+
+import a3c
+
+SIZES = (5_000, 130_000, 1_000_000)
+BREAKOUT, PONG = "MinAtar/Breakout-v1", "ale_py:PongNoFrameskip-v4"
+PROCESSES, CLUSTER, LAG = "a3c.py", "cluster_a3c.py", "cluster_a3c.py --lag 1"
+
+
+@dataclass
+class Args:
+    only: Literal["calls", "speed", "cartpole", "kills", "sweep", "staleness"]
+    """which part"""
+    env_id: str = "CartPole-v1"
+    """of `staleness`"""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """of all runs"""
+    scale: float = 1.0
+    """of the steps of all runs; less is a trial"""
+    output: Path | None = None
+    """write every run to this CSV file"""
+
+
+def breakout_flags(steps: float) -> str:
+    settings = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items())
+    return f"--env-id={BREAKOUT} --total-timesteps={steps:.0f} {settings}"
+
+
+@ray.remote(num_cpus=0)
+def call(server, worker: int, size: int, seconds: float) -> float:
+    """Calls per second of a worker that does nothing else."""
+    segment = {"d_theta": np.ones(size, np.float32), "learning_rate": 1e-9, "steps": 1, "episode": None}
+    segment["metrics"] = dict.fromkeys(a3c.METRICS, 0.0)
+    begun, number = time.monotonic(), 0
+    while time.monotonic() < begun + seconds:
+        number += 1
+        ray.get(server.exchange.remote(worker, str(worker), number, segment, -1))
+    return number / (time.monotonic() - begun)
+
+
+def measure_calls(args: Args) -> None:
+    tools.start_ray(None)
+    rows = {}
+    for size in SIZES:
+        server = ray.remote(Server).options(num_cpus=0).remote("a3c", a3c.Args(), {"theta": np.zeros(size, "f")}, 0)
+        for workers in (1, 2):
+            ray.get([call.remote(server, i, size, 1.0) for i in range(workers)])  # they start
+            rates = ray.get([call.remote(server, i + 4, size, 10.0 * args.scale) for i in range(workers)])
+            rows.setdefault(f"{size:,}", {})[f"{workers} workers"] = sum(rates)
+        ray.kill(server)
+    tools.print_table("numbers in theta: calls per second", pd.DataFrame(rows).T)
+
+
+def compare_speed(args: Args) -> pd.DataFrame:
+    parts = []
+    for env_id, flags in (
+        (BREAKOUT, breakout_flags(150_000 * args.scale)),
+        (PONG, f"--env-id={PONG} --t-max=20 --total-timesteps={15_000 * args.scale:.0f}"),
+    ):
+        flags += " --num-workers=2 --eval-episodes=0"
+        contestants = {PROCESSES: tools.script("a3c.py", flags)}
+        contestants[CLUSTER] = tools.script("experiments/cluster_a3c.py", flags)
+        contestants[LAG] = tools.script("experiments/cluster_a3c.py", f"{flags} --lag=1")
+        runs = tools.play(contestants, args.seeds, tools.read_speed)
+        tools.print_table(f"{env_id}: {tools.SPEED}", tools.spread(runs, tools.SPEED))
+        ratios = {f"{name} / {PROCESSES}": tools.ratio(runs, tools.SPEED, name, PROCESSES) for name in (CLUSTER, LAG)}
+        tools.print_table(f"{env_id}: ratio", pd.DataFrame(ratios).T)
+        parts.append(runs.assign(env_id=env_id))
+    return pd.concat(parts)
+
+
+def train_on_nodes(nodes: int, steps: int, kill_every: float | None, seed: int, folder: Path) -> None:
+    """cluster_a3c.py on CartPole-v1, with a worker on each of so many nodes; one is killed every `kill_every` s."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(nodes):
+        cluster.add_node(num_cpus=1, object_store_memory=10**8)
+    flags = [f"--address={cluster.address}", f"--num-workers={nodes}", f"--seed={seed}", f"--log-dir={folder}"]
+    command = [sys.executable, str(tools.ROOT / "experiments" / "cluster_a3c.py"), *flags]
+    process = subprocess.Popen([*command, f"--total-timesteps={steps}"])
+    killed, last = 0, time.monotonic()
+    while process.poll() is None:
+        time.sleep(0.5)
+        if kill_every and time.monotonic() > last + kill_every:
+            last = time.monotonic()
+            children = psutil.Process().children(recursive=True)
+            workers = [each for each in children if each.is_running() and "ray::work" in " ".join(each.cmdline())]
+            if workers:
+                workers[killed % len(workers)].kill()
+                killed += 1
+    cluster.shutdown()
+    print(f"{killed} workers were killed")
+    sys.exit(process.returncode)
+
+
+def learn_on_nodes(args: Args, nodes: int, steps: int, kill_every: float | None) -> pd.DataFrame:
+    options = {"nodes": nodes, "steps": int(steps * args.scale)}
+    contestants = {f"{nodes} workers": tools.call(train_on_nodes, kill_every=None, **options)}
+    if kill_every:
+        contestants["one killed every 20 s"] = tools.call(train_on_nodes, kill_every=kill_every, **options)
+    runs = tools.play(contestants, args.seeds, lambda folder: tools.read_return(folder) | last_step(folder))
+    table = tools.spread(runs, tools.RETURN, "worst", "best").assign(runs=runs.groupby("name").size())
+    tools.print_table(tools.RETURN, table)
+    return runs
+
+
+def last_step(folder: Path) -> dict[str, float]:
+    return {"steps": float(tools.read_table(folder, "metrics")["step"].iloc[-1])}
+
+
+def compare_sweep(args: Args) -> pd.DataFrame:
+    flags = f"--num-workers 1 --total-timesteps {50_000 * args.scale:.0f} --eval-episodes 1"
+    grid = flags.replace("--", "").replace("-", "_").split()
+    grid = [f"{name}={value}" for name, value in zip(grid[::2], grid[1::2], strict=True)]
+    one = f"OMP_NUM_THREADS=1 {sys.executable} a3c.py {flags} --seed {{}} --log-dir {{folder}} > /dev/null"
+    with_xargs = f"import os, sys; sys.exit(os.system('seq 1 20 | xargs -P 2 -I{{}} sh -c \"{one}\"') > 0)"
+    sweep = ["experiments/sweep.py", "a3c.py", "--seeds", "1-20", "--log-dir", "{folder}", "--grid", *grid]
+    contestants = {
+        "xargs -P 2": tools.Command(["-c", with_xargs], tools.ROOT),
+        "sweep.py": tools.Command(sweep, tools.ROOT),
+    }
+    runs = tools.play(contestants, args.seeds, lambda folder: {"runs": float(len([*folder.rglob("evaluation.json")]))})
+    tools.print_table("seconds for 20 runs", tools.spread(runs, "wall_seconds"))
+    tools.print_table(
+        "ratio", pd.DataFrame({"sweep.py / xargs -P 2": tools.ratio(runs, "wall_seconds", "sweep.py", "xargs -P 2")}).T
+    )
+    return runs
+
+
+def compare_staleness(args: Args) -> pd.DataFrame:
+    flags = (
+        breakout_flags(1_000_000 * args.scale)
+        if args.env_id == BREAKOUT
+        else f"--total-timesteps={200_000 * args.scale:.0f}"
+    )
+    contestants = {}
+    for workers in (2, 4, 8, 16):
+        for lag in (0, 1, 4):
+            options = f"--num-workers={workers} --cpus-per-worker={2 / workers} --lag={lag} {flags}"
+            contestants[workers, lag] = tools.script("experiments/cluster_a3c.py", options)
+    runs = tools.play(contestants, args.seeds, tools.read_return)
+    runs[["workers", "lag"]] = runs["name"].tolist()
+    table = runs.groupby(["workers", "lag"])[tools.RETURN].agg(["median", "min", "max"]).reset_index()
+    table.insert(2, "updates in between", table["workers"] * (table["lag"] + 1) - 1)
+    tools.print_table(f"{args.env_id}: {tools.RETURN}", table)
+    return runs
+
+
+def main(args: Args) -> int:
+    if args.only == "calls":
+        measure_calls(args)
+        return 0
+    parts = {"speed": compare_speed, "sweep": compare_sweep, "staleness": compare_staleness}
+    if args.only in parts:
+        runs = parts[args.only](args)
+    elif args.only == "cartpole":
+        runs = learn_on_nodes(args, 2, 200_000, None)
+    else:
+        runs = learn_on_nodes(args, 3, 600_000, 20.0)
+    return tools.finish(runs, args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tools.parse_args(Args)))
