@@ -12,8 +12,8 @@ for the third (`--panels` leaves some out). `--seeds 21 --total-timesteps 1500` 
 Each finished run leaves its training episodes in experiments/results/, from which everything is drawn; one whose table
 is there is not run again. The table that is printed has the greedy return, a mean over 20 episodes after training, and
 the return of training, the mean of the episodes that end in the last fifth of the steps, for each seed. The picture,
-docs/ddpg_branches.png, shows the mean return of the last 10 training episodes, a thin line for each run and the median
-of the runs thick. A run that fails is left out and reported, and the exit code is 1.
+docs/ddpg_branches.png, shows the mean return of the last 10 training episodes, a thin line for each run and the mean of
+the runs thick, with its 95 % bootstrap interval. A run that fails is left out and reported, and the exit code is 1.
 """
 
 import json

@@ -6,7 +6,7 @@
 About 10 minutes on two cores. The table has the mean return over 20 greedy episodes after training: median, worst and
 best of the seeds, and how many runs reach 475 on CartPole-v1 or -200 on Pendulum-v1. The picture,
 docs/learning_curves.png, shows the return of training episodes, exploration included, over the environment steps of all
-workers: a thin line for each seed and their median thick.
+workers: a thin line for each seed, and their mean thick with its interval.
 
 The runs stay in `--log-dir`. What is there already is not run again, so an experiment that was interrupted goes on
 where it stopped. Workers are processes, so runs of a3c.py and async_qlearning.py go one after the other; of gae.py and

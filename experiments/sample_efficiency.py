@@ -13,7 +13,8 @@ a mean over 20 episodes after training. Runs go one after the other, so that sec
 so many of ddpg.py go at once, each on a single core, while one of a3c.py, which keeps both cores busy, is always alone.
 
 The picture, docs/sample_efficiency.png, shows the measure over the steps, on a logarithmic scale: a thin line for each
-run, and the median of the runs thick. A run that fails is left out and reported, and the exit code is 1.
+run, and the mean of the runs thick, with its 95 % bootstrap interval. A run that fails is left out and reported, and
+the exit code is 1.
 """
 
 import sys

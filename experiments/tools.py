@@ -362,20 +362,30 @@ def new_figure(rows: int, columns: int, width: float = 9.0, height: float = 4.0)
     return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
 
 
-def draw_curves(axes, tables: Iterable[pd.DataFrame], grid: np.ndarray, window: int, color: str, label: str) -> None:
-    """Learning curves: the mean return of the last `window` training episodes over steps, fewer at the beginning.
+def draw_curves(
+    axes, tables: Iterable[pd.DataFrame], grid: np.ndarray, window: int, color: str, label: str, x: str = "step"
+) -> None:
+    """Learning curves: the mean return of the last `window` training episodes, fewer at the beginning.
 
-    A thin line is a run, the thick one their median. `tables` are the runs' episodes, `grid` the steps to draw at.
+    A thin line is a run, the thick one their mean with its 95 % bootstrap interval, as far as all of them go. `tables`
+    are the runs' episodes, `grid` the values of their column `x` to draw at.
     """
     curves = []
     for episodes in tables:
-        episodes = episodes.sort_values("step", kind="stable")
+        episodes = episodes.sort_values(x, kind="stable")
         means = episodes["return"].rolling(window, min_periods=1).mean()
-        ended = np.searchsorted(episodes["step"], grid, side="right")
-        curves.append(np.concatenate(([np.nan], means))[ended])  # no number before the end of the first
-        axes.plot(grid, curves[-1], color=color, linewidth=0.6, alpha=0.5)
+        ended = np.searchsorted(episodes[x], grid, side="right")
+        curve = np.concatenate(([np.nan], means))[ended]  # no number before the end of the first episode
+        curve[grid > episodes[x].iloc[-1] * 1.02] = np.nan  # nor after the end of the run
+        curves.append(curve)
+        axes.plot(grid, curve, color=color, linewidth=0.6, alpha=0.5)
     if curves:
-        axes.plot(grid, np.median(curves, axis=0), color=color, linewidth=2, label=label)
+        whole = ~np.isnan(curves).any(axis=0)
+        axes.plot(grid[whole], np.mean(curves, axis=0)[whole], color=color, linewidth=2, label=label)
+        if len(curves) > 1:
+            options = {"method": "percentile", "n_resamples": 1000, "rng": 0, "axis": 0}
+            bounds = stats.bootstrap((np.array(curves)[:, whole],), np.mean, **options).confidence_interval
+            axes.fill_between(grid[whole], bounds.low, bounds.high, color=color, alpha=0.15, linewidth=0)
     axes.grid(alpha=0.3)
 
 

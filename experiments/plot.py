@@ -1,0 +1,81 @@
+"""Learning curves of any runs: a panel for each environment, a colour for each setting.
+
+    pip install -r requirements.txt pandas scipy matplotlib
+    python experiments/plot.py runs --output curves.png
+
+Each thin line is a run: the mean return of its last training episodes. The thick one is the mean over the runs of a
+setting, its seeds, with its 95 % bootstrap interval. A setting is a script with whatever of its arguments differs.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import tools
+import tyro
+
+from common.arguments import fail
+from common.ranges import PositiveInt
+
+# What tells nothing of a setting, in args.json
+ASIDE = {"env_id", "seed", "log_dir", "log_interval", "eval_episodes", "capture_video", "evaluate", "resume", "address"}
+ASIDE |= {"versions", "cores", "gil", "backend", "backend_used", "epsilons"}
+
+
+@dataclass
+class Args:
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """folders of runs, or folders with such folders inside"""
+    x: Literal["step", "time"] = "step"
+    """what to draw over: environment steps, or seconds of training"""
+    window: PositiveInt = 50
+    """training episodes whose mean return is drawn"""
+    output: Path = Path("curves.png")
+    """picture to write: .png, .pdf, .svg"""
+
+
+def read_runs(folders: tuple[Path, ...]) -> pd.DataFrame:
+    """A row for each run with at least one episode: `env_id`, `setting`, `episodes`."""
+    rows = []
+    for file in sorted({file for folder in folders for file in folder.rglob("episodes.csv")}):
+        args = json.loads((file.parent / "args.json").read_text())
+        episodes = tools.read_table(file.parent, "episodes")
+        if len(episodes):
+            script = file.parent.name.split("__")[1]
+            rows.append({"env_id": args["env_id"], "script": script, "args": args, "episodes": episodes})
+    if not rows:
+        fail(f"no run with an episode in {', '.join(map(str, folders)) or 'no folder'}")
+    runs = pd.DataFrame(rows)
+    runs["setting"] = runs["script"]
+    for _, group in runs.groupby(["env_id", "script"]):
+        arguments = pd.DataFrame(group["args"].tolist(), index=group.index).drop(columns=ASIDE, errors="ignore")
+        for name in arguments.columns[arguments.astype(str).nunique() > 1]:
+            runs.loc[group.index, "setting"] += f", {name}=" + arguments[name].astype(str)
+    return runs
+
+
+def main(args: Args) -> int:
+    runs = read_runs(args.folders)
+    environments = runs["env_id"].unique()
+    figure, panels = tools.new_figure(len(environments), 1, height=4 * len(environments))
+    for axes, env_id in zip(panels.flat, environments, strict=True):
+        here = runs[runs["env_id"] == env_id]
+        grid = np.linspace(0, max(episodes[args.x].max() for episodes in here["episodes"]), 301)
+        for number, (setting, group) in enumerate(here.groupby("setting", sort=False)):
+            label = f"{setting} ({len(group)} run{'s' * (len(group) > 1)})"
+            tools.draw_curves(axes, group["episodes"], grid, args.window, f"C{number}", label, args.x)
+        axes.set(title=env_id, ylabel=f"return, mean of {args.window} episodes")
+        axes.set_xlabel({"step": "environment steps", "time": "seconds"}[args.x])
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.legend(fontsize="small")
+    figure.savefig(args.output, dpi=150)
+    print(f"{len(runs)} runs: {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tools.parse_args(Args)))
