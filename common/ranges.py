@@ -29,7 +29,7 @@ def check_args(args) -> None:
             for allowed in _ranges(hint):
                 if value is not None and not allowed.accepts(value):
                     fail(f"--{name.replace('_', '-')} must be {allowed.text}, not {value:g}")
-    if args.eval_episodes == 0 and (args.capture_video or args.evaluate is not None):
+    if getattr(args, "eval_episodes", 1) == 0 and (args.capture_video or args.evaluate is not None):
         fail("--capture-video and --evaluate need an evaluation: give --eval-episodes 1 or more")
 
 

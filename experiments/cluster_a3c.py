@@ -8,15 +8,14 @@ and T live in a parameter server, an actor of Ray. A worker calls it once for ea
 and its episode and gets theta and T. Between the calls it works on its copy.
 
 Without --address and RAY_ADDRESS, Ray is started on this machine alone. A worker that is lost, or whose machine is, is
-started again where there is room. Without room, the run goes on without it. The run's folder is that of the script:
-`python a3c.py --evaluate RUN` films its policy, and either program goes on with it by --resume.
+started again where there is room. Without room, the run goes on without it. The run's folder is that of the script,
+which evaluates it (`python a3c.py --evaluate RUN`), and either program goes on with it by --resume.
 """
 
 import argparse
+import contextlib
 import importlib
 import queue
-import re
-import secrets
 import sys
 import time
 from collections import deque
@@ -30,7 +29,7 @@ import numpy as np
 import ray
 import tools
 import torch
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from common.arguments import fail, failing, load_checkpoint, parse_args
@@ -40,7 +39,7 @@ from common.run import Run, seed_everything
 
 Script = Literal["a3c.py", "async_qlearning.py"]
 STATE = ("theta", "g", "theta_target")  # what the server keeps; a3c.py has no theta_target
-PATIENCE_SECONDS = 60.0  # how long a run that is ending waits for a worker
+PATIENCE_SECONDS = 60.0  # how long a run that is ending waits for workers; those of a lost machine may not come back
 MAX_LOSSES = 100  # of each worker: one that dies whenever it is started again ends the run
 
 
@@ -82,22 +81,22 @@ class Server:
         self.learned, self.begun = {}, [0] * args.num_workers
 
     def join(self, worker: int) -> tuple:
-        """A worker begins, for the first time or after it was lost."""
+        """A worker begins, again if it was lost. Returns how often it has begun, and what `read` does."""
         self.begun[worker] += 1
-        return self.read(known_target=-1)
+        return self.begun[worker], *self.read(known_target=-1)
 
-    def exchange(self, worker: int, life: str, number: int, segment: dict, known_target: int) -> tuple:
+    def exchange(self, worker: int, begun: int, number: int, segment: dict, known_target: int) -> tuple:
         """Learn from a segment and return what `read` does.
 
         Args:
             worker: its index.
-            life: a name that no other worker has, nor the one in whose place it is.
-            number: counts its segments. One that has been learned is not learned again, whoever repeats the call.
+            begun: how often it had begun.
+            number: counts its segments since. One that has been learned is not learned again, whoever repeats the call.
             segment: d_theta and learning_rate, steps, episode (of the last step), metrics.
             known_target: which theta- the worker has.
         """
-        if number > self.learned.get(life, 0):
-            self.learned[life] = number
+        if number > self.learned.get((worker, begun), 0):
+            self.learned[worker, begun] = number
             self.shared.steps[worker] += segment["steps"] - 1
             self.shared.count_step(worker, segment["episode"])
             if hasattr(self.shared, "update_target"):
@@ -149,11 +148,11 @@ class RemoteShared:
     def __init__(self, server, worker: int, lag: int):
         self.server, self.worker, self.lag = server, worker, lag
         self.stop, self.done = SimpleNamespace(value=False), {}
-        self.life, self.number, self.steps, self.episode = secrets.token_hex(8), 0, 0, None
-        self.under_way, answer = deque(), ask(server.join, worker)
-        self.theta = torch.tensor(answer[2])
-        self.theta_target = None if answer[4] is None else torch.tensor(answer[4])
-        self.receive(*answer)
+        self.number, self.steps, self.episode, self.under_way = 0, 0, None, deque()
+        self.begun, T, stop, theta, target, theta_target = ask(server.join, worker)
+        self.theta = torch.tensor(theta)
+        self.theta_target = None if theta_target is None else torch.tensor(theta_target)
+        self.receive(T, stop, theta, target, theta_target)
 
     def receive(self, T: int, stop: bool, theta: np.ndarray, target: int, theta_target: np.ndarray | None) -> None:
         """Take over what `Server.read` returns."""
@@ -181,7 +180,7 @@ class RemoteShared:
         """
         self.number += 1
         segment = self.segment | {"metrics": metrics, "steps": self.steps, "episode": self.episode}
-        call = self.worker, self.life, self.number, segment, self.known_target
+        call = self.worker, self.begun, self.number, segment, self.known_target
         self.steps = 0
         self.under_way.append(self.server.exchange.remote(*call))
         if len(self.under_way) > self.lag:
@@ -192,11 +191,20 @@ class RemoteShared:
 
 
 def work(name: str, index: int, args, server) -> None:
-    """One worker, a task of Ray."""
+    """One worker, a task of Ray.
+
+    Raises:
+        RuntimeError: it has exited. Ray would take it for lost, and start it again.
+    """
     shared = RemoteShared(server, index, args.lag)
-    if shared.T <= args.total_timesteps and not shared.stop.value:  # or else it found room too late
+    if shared.T > args.total_timesteps or shared.stop.value:
+        return  # it has found room too late
+    try:
         importlib.import_module(name).worker(index, args, shared, seed_everything(args.seed, shared.T, index))
-    ray.get([*shared.under_way])
+    except SystemExit as end:
+        raise RuntimeError(f"worker {index} has exited with code {end.code}") from None
+    with contextlib.suppress(ActorUnavailableError):
+        ray.get([*shared.under_way])
 
 
 def new_model(script: ModuleType, env: gym.Env) -> torch.nn.Module:
@@ -237,6 +245,9 @@ def main(script: ModuleType, args) -> int:
     with failing("no cluster"):
         tools.start_ray(address)
     args.address = None  # it may be another one when the run is resumed
+    with failing("--cpus-per-worker"):
+        options = {"num_cpus": args.cpus_per_worker, "max_retries": MAX_LOSSES, "scheduling_strategy": "SPREAD"}
+        new_worker = ray.remote(work).options(**options)
     room = room_for_workers(args.cpus_per_worker)
     if room == 0:
         fail(f"no machine of the cluster has --cpus-per-worker {args.cpus_per_worker:g} CPUs")
@@ -245,7 +256,7 @@ def main(script: ModuleType, args) -> int:
 
     run = Run(name, args, script.METRICS, facts, checkpoint)
     print(f"{name}: {args.env_id}, {args.num_workers} workers on a Ray cluster, {run.folder}", flush=True)
-    T, begun, last_progress = run.first_step, [1] * args.num_workers, time.monotonic()
+    T, begun, last_progress = run.first_step, [0] * args.num_workers, time.monotonic()
 
     def write(with_checkpoint: bool) -> int:
         """Returns T."""
@@ -264,23 +275,11 @@ def main(script: ModuleType, args) -> int:
             run.save(T, model=model.state_dict(), **{key: torch.tensor(array) for key, array in state.items()})
         return T
 
-    def check_worker(task) -> None:
-        """What one has raised ends the run, as in the script; Ray has started those again that were only lost."""
-        try:
-            ray.get(task)
-        except ActorDiedError:
-            raise
-        except RayError as error:
-            if run.exit_code != 1:
-                run.fail(re.sub(r"\x1b\[\d+m", "", str(error)))  # without colours
-
     next_log = T // args.log_interval + 1
     with run:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         new_server = ray.remote(Server).options(num_cpus=0, scheduling_strategy=here)
         server = new_server.remote(name, args, state, T)
-        options = {"num_cpus": args.cpus_per_worker, "max_retries": MAX_LOSSES, "scheduling_strategy": "SPREAD"}
-        new_worker = ray.remote(work).options(**options)
         workers = [new_worker.remote(name, index, args, server) for index in range(args.num_workers)]
         try:
             while workers:
@@ -291,17 +290,23 @@ def main(script: ModuleType, args) -> int:
                 if now_T > T or (now_T <= args.total_timesteps and not run.stopped):
                     last_progress = time.monotonic()
                 elif time.monotonic() - last_progress > PATIENCE_SECONDS:
-                    run.fail("a worker makes no progress and does not end")
+                    print(f"{name}: {len(workers)} workers do not end and are given up", file=sys.stderr, flush=True)
                     break
                 T = now_T
                 run.progress(T)
                 ended, workers = ray.wait(workers, num_returns=len(workers), timeout=0.1)
                 for each in ended:
-                    check_worker(each)
+                    try:
+                        ray.get(each)
+                    except RayTaskError as error:  # what a worker has raised ends the run, as in the script
+                        if isinstance(error, ActorDiedError):
+                            raise
+                        run.fail(error.traceback_str)
         except ActorDiedError:
             server = None
+            flags = f" --address {address}" if address else ""
+            resume = f"python experiments/cluster_a3c.py --script {name}.py --resume {run.folder}{flags}"
             there_is = (run.folder / "checkpoint.pt").exists()
-            resume = f"python experiments/cluster_a3c.py --script {name}.py --resume {run.folder}"
             run.fail(f"the parameter server is lost: {resume if there_is else 'there is no checkpoint yet'}")
     if server is not None:
         with run:

@@ -15,6 +15,8 @@ machine. On two cores they take:
   theta that has been updated workers (lag + 1) - 1 times since.
 """
 
+import contextlib
+import itertools
 import subprocess
 import sys
 import time
@@ -71,12 +73,12 @@ def call(server, worker: int, size: int, seconds: float) -> float:
 def measure_calls(args: Args) -> None:
     tools.start_ray(None)
     rows = {}
-    for size in SIZES:
-        server = ray.remote(Server).options(num_cpus=0).remote("a3c", a3c.Args(), {"theta": np.zeros(size, "f")}, 0)
-        for workers in (1, 2):
-            ray.get([call.remote(server, i, size, 1.0) for i in range(workers)])  # they start
-            rates = ray.get([call.remote(server, i + 4, size, 10.0 * args.scale) for i in range(workers)])
-            rows.setdefault(f"{size:,}", {})[f"{workers} workers"] = sum(rates)
+    new_server = ray.remote(Server).options(num_cpus=0)
+    for size, workers in itertools.product(SIZES, (1, 2)):
+        server = new_server.remote("a3c", a3c.Args(), {"theta": np.zeros(size, np.float32)}, 0)
+        ray.get(server.join.remote(0))
+        rates = ray.get([call.remote(server, index, size, 10.0 * args.scale) for index in range(workers)])
+        rows.setdefault(f"{size:,}", {})[f"{workers} worker{'s' * (workers > 1)}"] = sum(rates)
         ray.kill(server)
     tools.print_table("numbers in theta: calls per second", pd.DataFrame(rows).T)
 
@@ -114,8 +116,10 @@ def train_on_nodes(nodes: int, steps: int, kill_every: float | None, seed: int, 
         time.sleep(0.5)
         if kill_every and time.monotonic() > last + kill_every:
             last = time.monotonic()
-            children = psutil.Process().children(recursive=True)
-            workers = [each for each in children if each.is_running() and "ray::work" in " ".join(each.cmdline())]
+            workers = []
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    workers += [child] if "ray::work" in " ".join(child.cmdline()) else []
             if workers:
                 workers[killed % len(workers)].kill()
                 killed += 1

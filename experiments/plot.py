@@ -22,8 +22,10 @@ from common.arguments import fail
 from common.ranges import PositiveInt
 
 # What tells nothing of a setting, in args.json
-ASIDE = {"env_id", "seed", "log_dir", "log_interval", "eval_episodes", "capture_video", "evaluate", "resume", "address"}
-ASIDE |= {"versions", "cores", "gil", "backend", "backend_used", "epsilons"}
+ASIDE = {
+    *("env_id", "seed", "log_dir", "log_interval", "eval_episodes", "capture_video", "evaluate", "resume"),
+    *("versions", "cores", "gil", "backend", "backend_used", "epsilons", "script", "address", "cpus_per_worker"),
+}
 
 
 @dataclass
@@ -45,7 +47,7 @@ def read_runs(folders: tuple[Path, ...]) -> pd.DataFrame:
         args = json.loads((file.parent / "args.json").read_text())
         episodes = tools.read_table(file.parent, "episodes")
         if len(episodes):
-            script = file.parent.name.split("__")[1]
+            script = file.parent.name.split("__")[-3]
             rows.append({"env_id": args["env_id"], "script": script, "args": args, "episodes": episodes})
     if not rows:
         fail(f"no run with an episode in {', '.join(map(str, folders)) or 'no folder'}")

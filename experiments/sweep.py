@@ -16,6 +16,7 @@ import importlib
 import itertools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from tqdm import tqdm
 from common.arguments import fail, failing
 from common.ranges import PositiveFloat, check_args
 
-RESERVED = {"env_id", "seed", "log_dir", "resume", "evaluate"}  # what --grid cannot set
+RESERVED = {"script", "env_id", "seed", "log_dir", "resume", "evaluate"}  # what --grid cannot set
 STOPPED = {130, 143, -signal.SIGINT, -signal.SIGTERM}  # exit codes
 
 
@@ -65,7 +66,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def all_runs(args: Args) -> pd.DataFrame:
-    """A row for each run: `script`, `env_id`, a column for each argument of the grid, `seed`, and `cpus` to claim.
+    """A row for each run: `script`, `env_id`, a column for each argument of the grid, `seed`.
 
     `fail`s if a script does not take these arguments.
     """
@@ -75,15 +76,12 @@ def all_runs(args: Args) -> pd.DataFrame:
         fail(f"--grid takes every argument once, and none of {', '.join(sorted(RESERVED))}")
     rows = []
     for script in args.scripts:
-        script_args = importlib.import_module(Path(script).stem).Args
-        environments = args.env_ids or (script_args.env_id,)
+        environments = args.env_ids or (importlib.import_module(Path(script).stem).Args.env_id,)
         for setting in itertools.product(environments, *grid.values(), parse_seeds(args.seeds)):
             row = dict(zip(("script", "env_id", *grid, "seed"), (script, *setting), strict=True))
-            run_args = tyro.cli(script_args, args=to_flags(row))
-            check_args(run_args)
-            if run_args.eval_episodes == 0:
+            if parse_run(row).eval_episodes == 0:
                 fail("the result of a run is its evaluation: give --grid eval_episodes=1 or more")
-            rows.append(row | {"cpus": args.cpus_per_run or getattr(run_args, "num_workers", 1)})
+            rows.append(row)
     if not rows:
         fail("nothing to run: give a script and --seeds")
     return pd.DataFrame(rows).drop_duplicates(ignore_index=True)
@@ -91,20 +89,34 @@ def all_runs(args: Args) -> pd.DataFrame:
 
 def to_flags(run: dict) -> list[str]:
     """The command line of a run, without the script's name."""
-    options = {name.replace("_", "-"): value for name, value in run.items() if name not in ("script", "cpus")}
-    switches = {"True": "--{}", "False": "--no-{}"}
-    return [switches.get(value, f"--{{}}={value}").format(name) for name, value in options.items()]
+    flags = []
+    for name, value in run.items():
+        option = name.replace("_", "-")
+        if value in ("True", "False"):
+            flags.append(f"--{option}" if value == "True" else f"--no-{option}")
+        elif name != "script":
+            flags.append(f"--{option}={value}")
+    return flags
+
+
+def parse_run(run: dict):
+    """The arguments of a run as the script has them; `fail`s where it does not take them."""
+    args = tyro.cli(importlib.import_module(Path(run["script"]).stem).Args, args=to_flags(run))
+    check_args(args)
+    return args
 
 
 def play(script: str, flags: list[str], folder: Path) -> str:
     """One run, a task of Ray, which goes on where an earlier one has ended. Returns why it failed, or nothing."""
     if [*folder.rglob("evaluation.json")]:
         return ""  # it had ended already when its task was lost
-    with contextlib.suppress(ValueError):  # there is no checkpoint yet
-        file = tools.find(folder, "checkpoint.pt")
-        checkpoint = torch.load(file, weights_only=True)
+    for run in [path.parent for path in folder.rglob("args.json")]:
+        if not (run / "checkpoint.pt").exists():
+            shutil.rmtree(run)  # it was lost before there was anything to go on with
+            continue
+        checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
         is_over = checkpoint["step"] >= checkpoint["args"]["total_timesteps"]
-        flags = [*flags, f"--{'evaluate' if is_over else 'resume'}={file.parent}"]
+        flags = [*flags, f"--{'evaluate' if is_over else 'resume'}={run}"]
     command = [sys.executable, script, *flags, f"--log-dir={folder}"]
     (folder / "at_work").touch()
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *_: None
@@ -122,9 +134,12 @@ def play(script: str, flags: list[str], folder: Path) -> str:
 def result(folder: Path) -> dict:
     """What a run has reached."""
     run = tools.find(folder, "evaluation.json").parent
-    end = tools.read_table(run, "metrics").iloc[-1]
-    speed = {tools.SPEED: end["step"] / end["time"], "seconds": end["time"]}
-    return tools.read_return(run) | speed | {"folder": str(run), "failed": ""}
+    row = tools.read_return(run) | {"folder": str(run), "failed": ""}
+    metrics = tools.read_table(run, "metrics")
+    if len(metrics):  # there may have been no update yet
+        end = metrics.iloc[-1]
+        row |= {tools.SPEED: end["step"] / end["time"], "seconds": end["time"]}
+    return row
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
@@ -139,27 +154,29 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
 
 def main(args: Args) -> int:
     runs = all_runs(args)
-    varied = [name for name in runs.columns[2:-2] if runs[name].nunique() > 1]
-    words = [runs["script"], runs["env_id"], *(f"{name}=" + runs[name] for name in varied)]
+    commands = [(run["script"], to_flags(run)) for run in runs.to_dict("records")]
+    cpus = [args.cpus_per_run or getattr(parse_run(run), "num_workers", 1) for run in runs.to_dict("records")]
+    words = [runs["script"], runs["env_id"]]
+    words += [f"{name}=" + runs[name] for name in runs.columns[2:-1] if runs[name].nunique() > 1]
     runs["setting"] = [" ".join(setting) for setting in zip(*words, strict=True)]
     names = runs["setting"] + " seed " + runs["seed"].astype(str)
-    commands = [(run["script"], to_flags(run)) for run in runs.drop(columns="setting").to_dict("records")]
+    with failing("no cluster"):
+        tools.start_ray(args.address)
+    largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    if largest < (args.cpus_per_run or 1):
+        fail(f"a machine of the cluster has {largest:g} CPUs at most, less than a run claims (--cpus-per-run)")
     log_dir = args.log_dir.absolute()
     folders = [log_dir / re.sub(r"[^\w.=-]+", "_", " ".join([script, *flags])) for script, flags in commands]
     with failing("--log-dir"):
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "at_work").unlink(missing_ok=True)
-    with failing("no cluster"):
-        tools.start_ray(args.address)
-    largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
-    if args.cpus_per_run and args.cpus_per_run > largest:
-        fail(f"no machine of the cluster has --cpus-per-run {args.cpus_per_run:g} CPUs")
+    new_task = ray.remote(play)
     left, failed = {}, {}  # index of each task; cause of each run that has failed
     for index, (command, folder) in enumerate(zip(commands, folders, strict=True)):
         if not [*folder.rglob("evaluation.json")]:
-            task = ray.remote(play).options(num_cpus=float(min(runs["cpus"][index], largest)), max_retries=100)
-            left[task.remote(*command, folder)] = index
+            options = {"num_cpus": float(min(cpus[index], largest)), "max_retries": 100}  # if its machine is lost
+            left[new_task.options(**options).remote(*command, folder)] = index
     code = 0
     with tqdm(total=len(runs), initial=len(runs) - len(left), unit=" runs", file=sys.stdout, disable=None) as bar:
         try:
@@ -172,21 +189,22 @@ def main(args: Args) -> int:
                         cause = str(error).strip().splitlines()[-1]
                     if cause:
                         failed[index] = cause
-                    bar.write(f"{names[index]}: {cause or 'finished'}")
+                    bar.write(f"{names[index]}: {cause or 'finished'}; {len(left)} are left")
                     bar.update()
+                    sys.stdout.flush()
                 at_work = [names[index] for index in left.values() if (folders[index] / "at_work").exists()]
                 bar.set_postfix_str(f"{len(at_work)} at work: {', '.join(at_work)}")
         except (KeyboardInterrupt, SystemExit) as end:
             ray.shutdown()
             bar.write("stopped; the same command goes on with what is left")
-            code = getattr(end, "code", 130)
+            code = 130 if isinstance(end, KeyboardInterrupt) else 143
     rows = []
     for index, folder in enumerate(folders):
         rows.append({"folder": str(folder), "failed": failed.get(index, "not finished")})
-        with contextlib.suppress(ValueError, IndexError):
+        with contextlib.suppress(ValueError):
             rows[-1] = result(folder)
     runs = runs.join(pd.DataFrame(rows, columns=[tools.RETURN, tools.SPEED, "seconds", "folder", "failed"]))
-    runs.drop(columns=["setting", "cpus"]).to_csv(log_dir / "sweep.csv", index=False)
+    runs.drop(columns="setting").to_csv(log_dir / "sweep.csv", index=False)
     if runs[tools.RETURN].notna().any():
         tools.print_table(tools.RETURN, summary(runs))
     print(f"{len(runs)} runs, of which {len(failed)} have failed: {log_dir / 'sweep.csv'}")

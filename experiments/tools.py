@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
 sys.path.insert(0, str(ROOT))
 
+from common.ranges import check_args  # noqa: E402
+
 POLL_SECONDS = 0.02  # between two looks at a run
 WINDOW = 50  # episodes whose mean return has to reach a target
 SPEED, RETURN = "steps per second", "greedy return"
@@ -39,7 +41,9 @@ PACKAGES = ("torch", "gymnasium", "numpy", "stable-baselines3", "sb3-contrib", "
 def parse_args(args_class: type):
     """The command line of an experiment, whose docstring introduces --help. SIGTERM takes its runs along."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    return tyro.cli(args_class, description=sys.modules["__main__"].__doc__)
+    args = tyro.cli(args_class, description=sys.modules["__main__"].__doc__)
+    check_args(args)
+    return args
 
 
 def start_ray(address: str | None) -> None:
@@ -52,7 +56,7 @@ def start_ray(address: str | None) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     with contextlib.chdir(ROOT):  # from where all of Ray's processes import
         ray.init(address, logging_level="error", **options)
-    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGTERM, handler)  # Ray has put its own in place
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
