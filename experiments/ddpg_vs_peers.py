@@ -79,10 +79,11 @@ class Args:
 class PeerCritic(nn.Module):
     """Q(s, a) as SB3 has it: the action enters at the first layer."""
 
-    def __init__(self, observation_size: int, action_space, args: ddpg.Args):
+    def __init__(self, shape: tuple[int, ...], action_space, args: ddpg.Args):
         super().__init__()
-        first = ddpg.layer(observation_size + action_space.shape[0], ddpg.HIDDEN, args.batch_norm)
-        self.q = nn.Sequential(*first, *ddpg.layer(ddpg.HIDDEN, ddpg.HIDDEN, args.batch_norm), ddpg.last_layer(1))
+        first = ddpg.layer(shape[0] + action_space.shape[0], ddpg.HIDDEN, args.batch_norm)
+        second = ddpg.layer(ddpg.HIDDEN, ddpg.HIDDEN, args.batch_norm)
+        self.q = nn.Sequential(*first, *second, ddpg.last_layer(ddpg.HIDDEN, 1, shape))
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         return self.q(torch.cat([observations, actions], dim=1)).squeeze(-1)
@@ -95,7 +96,7 @@ def parse(flags: str, seed: int, folder: Path) -> ddpg.Args:
 def train_ours(flags: str, seed: int, folder: Path) -> None:
     """ddpg.py with SB3's networks."""
     ddpg.Critic = PeerCritic
-    ddpg.last_layer = lambda outputs: nn.Linear(ddpg.HIDDEN, outputs)  # with torch's first weights
+    ddpg.last_layer = lambda inputs, outputs, shape: nn.Linear(inputs, outputs)  # with torch's first weights
     sys.exit(ddpg.main(parse(flags, seed, folder)))
 
 
