@@ -162,8 +162,8 @@ def orthogonal(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
 
 def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
     """Two hidden layers of 64 tanh units; the weights of the last layer are scaled by `gain`."""
-    hidden = [orthogonal(nn.Linear(inputs, 64)), nn.Tanh(), orthogonal(nn.Linear(64, 64)), nn.Tanh()]
-    return nn.Sequential(*hidden, orthogonal(nn.Linear(64, outputs), gain))
+    first, second, last = nn.Linear(inputs, 64), nn.Linear(64, 64), nn.Linear(64, outputs)
+    return nn.Sequential(orthogonal(first), nn.Tanh(), orthogonal(second), nn.Tanh(), orthogonal(last, gain))
 
 
 class ToFloat(nn.Module):

@@ -216,8 +216,8 @@ class QNetwork(nn.Module):
             self.q = nn.Sequential(*body, orthogonal(nn.Linear(body[-2].out_features, num_actions), 1.0))
             layers, self.activation = [body[-2], self.q[-1]], NUMPY[type(body[-1])]
         else:
-            layers = [orthogonal(nn.Linear(shape[0], 64)), orthogonal(nn.Linear(64, 64))]
-            layers.append(orthogonal(nn.Linear(64, num_actions), 1.0))
+            layers = [nn.Linear(shape[0], 64), nn.Linear(64, 64), nn.Linear(64, num_actions)]
+            layers = [orthogonal(layers[0]), orthogonal(layers[1]), orthogonal(layers[2], 1.0)]
             self.q = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
             self.activation = np.tanh
         # self.q is Q(s, .; theta), shape (n, actions), of n observations

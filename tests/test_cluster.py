@@ -314,7 +314,7 @@ def test_asynchronous_q_learning_on_this_machine_alone(run):
 
 @on_a_cluster
 def test_a_sweep_survives_the_loss_of_a_node_and_sigterm(run, cluster):
-    grid = ["num_workers=1", "log_interval=500", "total_timesteps=30000", "t_max=32,64,128"]
+    grid = ["num_workers=1", "log_interval=500", "total_timesteps=15000", "t_max=32,64,128"]
     command = "sweep.py", "a3c.py", "--seeds", "1", "--address", cluster.address, "--grid", *grid
     program = run(*command)
     program.files("checkpoint.pt", number=3)
@@ -330,7 +330,7 @@ def test_a_sweep_survives_the_loss_of_a_node_and_sigterm(run, cluster):
     assert code == 0, output
     rows = pd.read_csv(program.runs / "sweep.csv")
     assert rows["t_max"].tolist() == [32, 64, 128]
-    assert all(load(program.runs.parent / folder)["step"] > 30_000 for folder in rows["folder"])
+    assert all(load(program.runs.parent / folder)["step"] > 15_000 for folder in rows["folder"])
     assert len([*program.runs.rglob("args.json")]) == 3  # the lost one was resumed, not begun anew
     assert "| a3c.py CartPole-v1 t_max=64 | 1 |" in output
 
