@@ -1,0 +1,168 @@
+"""Workers of a script by way of the parameter server of cluster_a3c.py, which is an object of this process here."""
+
+import pickle
+import queue
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import SHORT
+
+pytest.importorskip("ray")
+pytest.importorskip("scipy")
+import cluster_a3c
+from ray.exceptions import ActorUnavailableError
+
+import a3c
+import async_qlearning
+from common.run import seed_everything
+
+
+class Method:
+    """A method as Ray calls it: what goes in and out is copied."""
+
+    def __init__(self, method):
+        self.method, self.calls, self.answers = method, [], []
+
+    def remote(self, *args):
+        self.calls.append(args)
+        self.answers.append(pickle.loads(pickle.dumps(self.method(*pickle.loads(pickle.dumps(args))))))
+        return self.answers[-1]
+
+
+class LocalServer(cluster_a3c.Server):
+    def __init__(self, script, args):
+        super().__init__(script.SCRIPT, args, {"theta": first_theta(script, args).numpy()}, step=0)
+        self.join, self.exchange = Method(self.join), Method(self.exchange)
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    monkeypatch.setattr(cluster_a3c, "ray", SimpleNamespace(get=lambda answer: answer))
+
+
+def new_args(script, **arguments):
+    return script.Args(**(SHORT[script] | {"env_id": "CartPole-v1", "total_timesteps": 300} | arguments))
+
+
+def first_theta(script, args) -> torch.Tensor:
+    seed_everything(args.seed, 0)
+    return cluster_a3c.new_model(script, script.make_env(args.env_id)).theta
+
+
+def learn(script, args) -> LocalServer:
+    """Everything that one worker does, by way of a server."""
+    server = LocalServer(script, args)
+    shared = cluster_a3c.RemoteShared(server, 0, lag=0)
+    script.worker(0, args, shared, seed_everything(args.seed, 0))
+    return server
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [(a3c, {}), (async_qlearning, {}), (async_qlearning, {"target": "sarsa", "n_step": 3})],
+)
+def test_a_worker_learns_the_same_by_way_of_the_server(script, arguments):
+    """What differs for a worker is when it gets T and theta-: here with the answer to a segment."""
+    if script is async_qlearning:
+        arguments |= {"exploration_fraction": 0.0, "final_epsilons": (0.3,), "final_epsilon_probs": (1.0,)}
+    args = new_args(script, anneal_lr=False, **arguments)
+    server = learn(script, args)
+    T, episodes, begun, means, state = server.report(stop=False, with_state=True)
+    assert args.total_timesteps < T <= args.total_timesteps + 5
+    shared = script.Shared(first_theta(script, args), args, queue.SimpleQueue)
+    args.total_timesteps = T - 1  # the script ends with the same step
+    script.worker(0, args, shared, seed_everything(args.seed, 0))
+    assert T == shared.T
+    assert set(state) == {name for name in cluster_a3c.STATE if hasattr(shared, name)}
+    for name, array in state.items():
+        assert torch.equal(torch.tensor(array), getattr(shared, name)), name
+    assert begun == [1]
+    assert [episode[:3] for episode in episodes] == [episode[:3] for episode in shared.reported()]
+    assert len(episodes) > 5
+    assert means == shared.means()
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_theta_minus_is_sent_only_when_it_has_changed():
+    args = new_args(async_qlearning, target_network_frequency=100)
+    server = learn(async_qlearning, args)
+    answers = [*server.join.answers, *server.exchange.answers]
+    changed = [index for index, (*_, theta_target) in enumerate(answers) if theta_target is not None]
+    assert [answers[index][0] // 100 for index in changed] == [0, 1, 2, 3][: len(changed)]
+    assert len(changed) >= 3
+    for index in changed[1:]:  # it is theta as it was before this segment
+        assert torch.equal(torch.tensor(answers[index][-1]), torch.tensor(answers[index - 1][2]))
+
+
+def send(shared: cluster_a3c.RemoteShared, steps: int = 3) -> None:
+    """One segment, of a gradient of ones."""
+    for _ in range(steps):
+        shared.count_step(0, None)
+    shared.update(torch.ones_like(shared.theta), 0.1)
+    shared.log(0, dict.fromkeys(a3c.METRICS, 0.0))
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize("lag", [0, 1, 3])
+def test_theta_and_T_are_so_many_segments_old(lag):
+    server = LocalServer(a3c, new_args(a3c))
+    shared = cluster_a3c.RemoteShared(server, 0, lag)
+    thetas = [server.shared.theta.clone()]
+    for segment in range(1, 6):
+        send(shared)
+        thetas.append(server.shared.theta.clone())
+        assert not torch.equal(thetas[-1], thetas[-2])
+        assert torch.equal(shared.theta, thetas[max(0, segment - lag)])
+        assert (shared.T, server.shared.T) == (3 * max(0, segment - lag), 3 * segment)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("arrives", [False, True])
+def test_an_answer_that_is_lost_is_asked_for_again(monkeypatch, lag, arrives):
+    """Whether the server has learned from the segment or not: it does so once, or with a lag perhaps not at all."""
+
+    def get(answer):
+        if answer is lost:
+            raise ActorUnavailableError("for a while", None)
+        return answer
+
+    lost = object()
+    monkeypatch.setattr(cluster_a3c, "ray", SimpleNamespace(get=get))
+    monkeypatch.setattr(cluster_a3c.time, "sleep", lambda seconds: None)
+    server = LocalServer(a3c, new_args(a3c))
+    exchange = server.exchange
+    shared = cluster_a3c.RemoteShared(server, 0, lag)
+    for segment in range(4):
+        server.exchange = exchange if segment != 1 else SimpleNamespace(remote=lambda *call: lose(call))
+
+        def lose(call):
+            server.exchange = exchange  # the next call is heard
+            if arrives:
+                exchange.remote(*call)
+            return lost
+
+        send(shared)
+    assert server.shared.T == 3 * (4 if arrives or not lag else 3)
+    assert torch.equal(shared.theta, torch.tensor(exchange.answers[-1 - lag][2]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"learning_rate": -1.0}, "--learning-rate must be above 0, not -1"),
+        ({"evaluate": "runs/x"}, "evaluate with: python a3c.py --evaluate runs/x"),
+        ({"resume": "runs/x"}, "'runs/x' holds no checkpoint.pt, or a damaged one"),
+        ({"env_id": "NoSuch-v0"}, "NoSuch-v0 cannot be used"),
+    ],
+)
+def test_bad_input_of_a_cluster_run(capsys, tmp_path, arguments, message):
+    args = cluster_a3c.args_class("a3c")(log_dir=str(tmp_path / "runs"), **arguments)
+    with pytest.raises(SystemExit) as end:
+        cluster_a3c.main(a3c, args)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
