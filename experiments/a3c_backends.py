@@ -1,12 +1,13 @@
 """Threads and processes: steps per second of a3c.py with 1, 2, 4 and 8 workers of either kind, under this Python.
 
     python experiments/a3c_backends.py
-    python experiments/a3c_backends.py --env-id MinAtar/Breakout-v1 --total-timesteps 20000
+    python experiments/a3c_backends.py --env-id MinAtar/Breakout-v1
 
 About 2 minutes on two cores. Run it under a Python with a GIL and under a free-threaded one to see what the GIL costs.
 Beside what a3c.py needs it needs pandas and scipy alone.
 """
 
+import platform
 import sys
 from dataclasses import dataclass
 from itertools import product
@@ -15,11 +16,11 @@ import tools
 
 from common.run import has_gil
 
+PYTHON = f"Python {platform.python_version()} {'with' if has_gil() else 'without'} a GIL"
+
 
 @dataclass
-class Args:
-    repeats: int = 3
-    """runs of each combination; the table has the median"""
+class Args(tools.Options):
     env_id: str = "CartPole-v1"
     """environment"""
     total_timesteps: int = 60_000
@@ -29,14 +30,14 @@ class Args:
 def main(args: Args) -> int:
     flags = f"--env-id={args.env_id} --total-timesteps={args.total_timesteps} --eval-episodes=0"
     contestants = {
-        (backend, workers): tools.script("a3c.py", f"--backend={backend} --num-workers={workers} {flags}")
+        (PYTHON, backend, workers): tools.script("a3c.py", f"--backend={backend} --num-workers={workers} {flags}")
         for backend, workers in product(("thread", "process"), (1, 2, 4, 8))
     }
-    runs = tools.play(contestants, range(1, args.repeats + 1), tools.read_speed)
-    runs[["backend", "workers"]] = runs["name"].tolist()
+    runs = tools.play(contestants, tools.read_speed, args, "a3c_backends")
+    runs[["python", "backend", "workers"]] = runs["name"].tolist()
     table = runs.pivot_table(tools.SPEED, "backend", "workers", aggfunc="median", sort=False).round()
-    tools.print_table(f"{'with' if has_gil() else 'without'} a GIL, workers:", table)
-    return tools.finish(runs, None)
+    tools.print_table(f"{PYTHON}, workers:", table)
+    return tools.finish(runs)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     pip install -r experiments/requirements.txt -r experiments/requirements-ray.txt
     python experiments/cluster_results.py --only calls
 
-Each part is measured by itself; `--scale 0.1` makes a trial of it. The nodes of a cluster are simulated on this one
+Every part can be run alone; `--scale 0.1` makes a trial of it. The nodes of a cluster are simulated on this one
 machine. On two cores they take:
 
 - `calls`, 2 minutes: calls per second that one server answers to one and to two workers that do nothing else.
@@ -40,17 +40,13 @@ PROCESSES, CLUSTER, LAG = "a3c.py", "cluster_a3c.py", "cluster_a3c.py --lag 1"
 
 
 @dataclass
-class Args:
-    only: Literal["calls", "speed", "cartpole", "kills", "sweep", "staleness"]
-    """which part"""
+class Args(tools.Options):
+    only: Literal["calls", "speed", "cartpole", "kills", "sweep", "staleness"] | None = None
+    """run this part alone"""
     env_id: str = "CartPole-v1"
     """of `staleness`"""
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """of all runs"""
     scale: float = 1.0
     """of the steps of all runs; less is a trial"""
-    output: Path | None = None
-    """write every run to this CSV file"""
 
 
 def breakout_flags(steps: float) -> str:
@@ -93,10 +89,10 @@ def compare_speed(args: Args) -> pd.DataFrame:
         contestants = {PROCESSES: tools.script("a3c.py", flags)}
         contestants[CLUSTER] = tools.script("experiments/cluster_a3c.py", flags)
         contestants[LAG] = tools.script("experiments/cluster_a3c.py", f"{flags} --lag=1")
-        runs = tools.play(contestants, args.seeds, tools.read_speed)
+        runs = tools.play(contestants, tools.read_speed, args, "cluster")
         tools.print_table(f"{env_id}: {tools.SPEED}", tools.spread(runs, tools.SPEED))
-        ratios = {f"{name} / {PROCESSES}": tools.ratio(runs, tools.SPEED, name, PROCESSES) for name in (CLUSTER, LAG)}
-        tools.print_table(f"{env_id}: ratio", pd.DataFrame(ratios).T)
+        ratios = [tools.ratios(runs, tools.SPEED, name, [PROCESSES]) for name in (CLUSTER, LAG)]
+        tools.print_table(f"{env_id}: ratio", pd.concat(ratios))
         parts.append(runs.assign(env_id=env_id))
     return pd.concat(parts)
 
@@ -133,9 +129,8 @@ def learn_on_nodes(args: Args, nodes: int, steps: int, kill_every: float | None)
     contestants = {f"{nodes} workers": tools.call(train_on_nodes, kill_every=None, **options)}
     if kill_every:
         contestants["one killed every 20 s"] = tools.call(train_on_nodes, kill_every=kill_every, **options)
-    runs = tools.play(contestants, args.seeds, lambda folder: tools.read_return(folder) | last_step(folder))
-    table = tools.spread(runs, tools.RETURN, "worst", "best").assign(runs=runs.groupby("name").size())
-    tools.print_table(tools.RETURN, table)
+    runs = tools.play(contestants, lambda folder: tools.read_return(folder) | last_step(folder), args, "cluster")
+    tools.print_table(tools.RETURN, tools.spread(runs, tools.RETURN))
     return runs
 
 
@@ -154,11 +149,10 @@ def compare_sweep(args: Args) -> pd.DataFrame:
         "xargs -P 2": tools.Command(["-c", with_xargs], tools.ROOT),
         "sweep.py": tools.Command(sweep, tools.ROOT),
     }
-    runs = tools.play(contestants, args.seeds, lambda folder: {"runs": float(len([*folder.rglob("evaluation.json")]))})
+    read = lambda folder: {"runs": float(len([*folder.rglob("evaluation.json")]))}  # noqa: E731
+    runs = tools.play(contestants, read, args, "cluster")
     tools.print_table("seconds for 20 runs", tools.spread(runs, "wall_seconds"))
-    tools.print_table(
-        "ratio", pd.DataFrame({"sweep.py / xargs -P 2": tools.ratio(runs, "wall_seconds", "sweep.py", "xargs -P 2")}).T
-    )
+    tools.print_table("ratio", tools.ratios(runs, "wall_seconds", "sweep.py", ["xargs -P 2"]))
     return runs
 
 
@@ -173,7 +167,7 @@ def compare_staleness(args: Args) -> pd.DataFrame:
         for lag in (0, 1, 4):
             options = f"--num-workers={workers} --cpus-per-worker={2 / workers} --lag={lag} {flags}"
             contestants[workers, lag] = tools.script("experiments/cluster_a3c.py", options)
-    runs = tools.play(contestants, args.seeds, tools.read_return)
+    runs = tools.play(contestants, tools.read_return, args, "cluster")
     runs[["workers", "lag"]] = runs["name"].tolist()
     table = runs.groupby(["workers", "lag"])[tools.RETURN].agg(["median", "min", "max"]).reset_index()
     table.insert(2, "updates in between", table["workers"] * (table["lag"] + 1) - 1)
@@ -182,17 +176,17 @@ def compare_staleness(args: Args) -> pd.DataFrame:
 
 
 def main(args: Args) -> int:
-    if args.only == "calls":
+    parts = {
+        "speed": compare_speed,
+        "cartpole": lambda args: learn_on_nodes(args, 2, 200_000, None),
+        "kills": lambda args: learn_on_nodes(args, 3, 600_000, 20.0),
+        "sweep": compare_sweep,
+        "staleness": compare_staleness,
+    }
+    if args.only in (None, "calls"):
         measure_calls(args)
-        return 0
-    parts = {"speed": compare_speed, "sweep": compare_sweep, "staleness": compare_staleness}
-    if args.only in parts:
-        runs = parts[args.only](args)
-    elif args.only == "cartpole":
-        runs = learn_on_nodes(args, 2, 200_000, None)
-    else:
-        runs = learn_on_nodes(args, 3, 600_000, 20.0)
-    return tools.finish(runs, args.output)
+    runs = [play(args) for part, play in parts.items() if args.only in (None, part)]
+    return tools.finish(*runs) if runs else 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ evaluates. All ratios say how many times as fast this checkout is: above 1 it is
 """
 
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +43,10 @@ class Args:
     """runs of each checkout"""
     scale: float = 1.0
     """for a trial: multiply all steps by this"""
-    output: Path | None = None
-    """write every run to this CSV file"""
 
 
-def measure(what: tuple, read: Callable, args: Args) -> tuple[pd.DataFrame, dict[str, list[float]]]:
-    """Run everything in `what` on both checkouts. Returns the runs, and rows of the table by their titles."""
+def measure(what: tuple, read: Callable, args: Args) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Run everything in `what` on both checkouts. Returns the runs, and how many times as fast this one is."""
     contestants, names = {}, []
     for script, workers, steps in what:
         names.append(script if workers is None else f"{script}, {workers} workers")
@@ -56,26 +55,28 @@ def measure(what: tuple, read: Callable, args: Args) -> tuple[pd.DataFrame, dict
         flags += f" --learning-starts={int(steps * args.scale / 10)}" if script == "ddpg.py" else ""
         for side, root in (("this", tools.ROOT), ("other", args.other.resolve())):
             contestants[f"{names[-1]}: {side}"] = tools.script(script, flags, root)
-    runs = tools.play(contestants, range(1, args.pairs + 1), read)
-    rows = {}
+    with tempfile.TemporaryDirectory() as folder:  # nothing is kept: checkouts change
+        options = tools.Options(seeds=tuple(range(1, args.pairs + 1)), results=Path(folder), log_dir=Path(folder))
+        runs = tools.play(contestants, read, options, "compare_checkouts")
+    tables = []
     for name in names:
         this, other = f"{name}: this", f"{name}: other"
-        for title, faster, slower in ((tools.SPEED, this, other), (WALL, other, this)):
-            if title in runs:
-                medians = runs.groupby("name")[title].median()
-                ratios = tools.ratio(runs, title, faster, slower)
-                rows[f"{name}: {title}"] = [medians[this], medians[other], *ratios]
-    return runs, rows
+        for measure, faster, slower in ((tools.SPEED, this, other), (WALL, other, this)):
+            if measure in runs:
+                medians = runs.groupby("name")[measure].median()
+                table = tools.ratios(runs, measure, faster, [slower]).set_axis([f"{name}: {measure}"])
+                table.insert(0, "this", medians[this])
+                tables.append(table.assign(other=medians[other]))
+    return runs, pd.concat(tables)
 
 
 def main(args: Args) -> int:
-    columns = ["this", "other", "times as fast: median", "min", "max"]
     parts = []
     for title, what, read in (("steps", SPEEDS, tools.read_speed), ("start", STARTS, lambda folder: {})):
-        runs, rows = measure(what, read, args)
-        tools.print_table(f"{title}, {args.pairs} pairs", pd.DataFrame(rows, index=columns).T)
+        runs, table = measure(what, read, args)
+        tools.print_table(f"{title}, times as fast", table)
         parts.append(runs)
-    return tools.finish(pd.concat(parts), args.output)
+    return tools.finish(*parts)
 
 
 if __name__ == "__main__":

@@ -4,104 +4,91 @@
     python experiments/ddpg_branches.py --parallel 2
 
 It is the figure of Lillicrap et al. 2016 that shows learning curves with and without target networks and batch
-normalisation, and from pixels, on two environments, with 3 seeds: Pendulum-v1 for 10,000 steps, InvertedPendulum-v5 for
-30,000, and Pendulum-v1 from pixels for 20,000 steps of three simulator steps each. Within an environment the branches
-differ by one flag alone; from pixels it needs settings of its own. 12 minutes on two cores for the first two, an hour
-for the third (`--panels` leaves some out). `--seeds 21 --total-timesteps 1500` is a trial.
+normalisation, and from pixels, on two environments: Pendulum-v1 for 10,000 steps and InvertedPendulum-v5 for 30,000
+with 10 seeds, and Pendulum-v1 from pixels for 20,000 steps of three simulator steps each with 3. The third kind of
+panel is the noise: Gaussian, Ornstein-Uhlenbeck, and none. Within an environment the branches differ by one flag alone;
+from pixels it needs settings of its own. An hour on two cores without the pixels, another one for them (`--panels`
+leaves some out). `--seeds 21 --total-timesteps 1500` is a trial.
 
-Each finished run leaves its training episodes in experiments/results/, from which everything is drawn; one whose table
-is there is not run again. The table that is printed has the greedy return, a mean over 20 episodes after training, and
-the return of training, the mean of the episodes that end in the last fifth of the steps, for each seed. The picture,
-docs/ddpg_branches.png, shows the mean return of the last 10 training episodes, a thin line for each run and the mean of
-the runs thick, with its 95 % bootstrap interval. A run that fails is left out and reported, and the exit code is 1.
+The table has the greedy return, a mean over 20 episodes after training, and the return of training, the mean of the
+episodes that end in the last fifth of the steps: mean over the seeds with its 95 % bootstrap interval, and all of them.
+The picture, docs/ddpg_branches.png, shows the returns of training episodes. What is kept in experiments/results/ is not
+run again. A run that fails is left out and reported, and the exit code is 1.
 """
 
-import json
 import sys
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-import numpy as np
 import pandas as pd
 import tools
 
-ORIGINAL, TARGETS, BATCH_NORM = "original DPG", "target networks", "target networks, batch normalisation"
-BRANCHES = {ORIGINAL: "--no-target-network", TARGETS: "", BATCH_NORM: "--batch-norm"}
+BATCH_NORM = "target networks, batch normalisation"
+BRANCHES = {"original DPG": "--no-target-network", "target networks": "", BATCH_NORM: "--batch-norm"}
+NOISES = {"Gaussian noise": "", "Ornstein-Uhlenbeck": "--noise=ou", "no noise": "--noise-std=0"}
 PIXELS = "--pixels --batch-size=16 --reward-scale=0.1 --actor-learning-rate=1e-4 --logit-penalty=0.01"
 PIXELS += " --noise-std=0.3 --final-noise-std=0.1"
-WINDOW = 10  # training episodes whose mean return is a point of a learning curve
 TRAINING_RETURN = "training return, last fifth"
-SCORES = tools.RETURN, TRAINING_RETURN
 
 
 class Panel(NamedTuple):
-    """Steps, flags for all branches (what is not said is the default), and the flags of each branch."""
+    """Steps, the greatest number of seeds, flags for all branches, and the flags of each branch."""
 
     steps: int
+    seeds: int
     flags: str
     branches: dict[str, str]
 
 
 PANELS = {
-    "Pendulum-v1": Panel(10_000, "--env-id=Pendulum-v1", BRANCHES),
-    "InvertedPendulum-v5": Panel(30_000, "--env-id=InvertedPendulum-v5 --actor-learning-rate=1e-4", BRANCHES),
-    "Pendulum-v1 from pixels": Panel(20_000, f"--env-id=Pendulum-v1 {PIXELS}", {BATCH_NORM: "--batch-norm"}),
+    "Pendulum-v1": Panel(10_000, 10, "--env-id=Pendulum-v1", BRANCHES),
+    "InvertedPendulum-v5": Panel(30_000, 10, "--env-id=InvertedPendulum-v5 --actor-learning-rate=1e-4", BRANCHES),
+    "Pendulum-v1 from pixels": Panel(20_000, 3, f"--env-id=Pendulum-v1 {PIXELS}", {BATCH_NORM: "--batch-norm"}),
+    "Pendulum-v1, noise": Panel(10_000, 10, "--env-id=Pendulum-v1", NOISES),
 }
 
 
 @dataclass
-class Args:
-    panels: tuple[str, ...] = tuple(PANELS)
+class Args(tools.Options):
+    seeds: tuple[int, ...] = tuple(range(1, 11))
+    """one run of each branch for every seed; from pixels the first three"""
+    panels: tuple[Literal[*PANELS], ...] = tuple(PANELS)
     """which of them to run and to draw"""
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """one run of each branch for every seed"""
     total_timesteps: int | None = None
     """for a trial: steps of each run"""
-    parallel: int = 1
-    """runs that go at once; their results do not depend on it"""
-    log_dir: Path = Path("runs/ddpg_branches")
-    """where the runs are kept"""
-
-
-def table_of(panel: str, branch: str, steps: int, seed: int) -> Path:
-    return tools.RESULTS / "ddpg_branches" / f"{panel}_{branch}_{steps}_{seed}.csv.gz".replace(" ", "-")
-
-
-def keep(folder: Path, panel: str, branch: str, steps: int) -> dict:
-    """Write the training episodes of a run into its table. Returns what it has reached."""
-    seed = json.loads(tools.find(folder, "args.json").read_text())["seed"]
-    episodes, table = tools.read_table(folder, "episodes"), table_of(panel, branch, steps, seed)
-    scores = tools.read_return(folder) | {TRAINING_RETURN: tools.last_fifth(episodes, steps)}
-    table.parent.mkdir(parents=True, exist_ok=True)
-    episodes[["step", "time", "return"]].round(3).assign(**scores).to_csv(table, index=False)
-    return scores
 
 
 def main(args: Args) -> int:
-    figure, panels = tools.new_figure(1, len(args.panels), width=4.5 * len(args.panels))
+    figure, panels = tools.new_figure(1, len(args.panels), width=4.5 * len(args.panels), height=4.5)
     parts = []
-    for panel, axes in zip(args.panels, panels[0], strict=True):
-        steps, flags, branches = PANELS[panel]
-        steps = args.total_timesteps or steps
+    for title, axes in zip(args.panels, panels[0], strict=True):
+        panel = PANELS[title]
+        steps = args.total_timesteps or panel.steps
+
+        def read(folder: Path, steps: int = steps) -> dict:
+            episodes = tools.read_table(folder, "episodes")
+            scores = {TRAINING_RETURN: tools.last_fifth(episodes, steps)}
+            return tools.read_return(folder) | scores | {"curve": tools.curve(episodes, steps, points=25)}
+
+        contestants = {
+            f"{title}, {branch}": tools.script("ddpg.py", f"{panel.flags} --total-timesteps={steps} {flag}")
+            for branch, flag in panel.branches.items()
+        }
+        options = replace(args, seeds=args.seeds[: panel.seeds])
+        runs = tools.play(contestants, read, options, "ddpg_branches", args.parallel)
         rows = {}
-        for branch, flag in branches.items():
-            paths = {seed: table_of(panel, branch, steps, seed) for seed in args.seeds}
-            if missing := [seed for seed, path in paths.items() if not path.exists()]:
-                command = tools.script("ddpg.py", f"{flags} --total-timesteps={steps} {flag}")
-                read = partial(keep, panel=panel, branch=branch, steps=steps)
-                options = {"log_dir": args.log_dir, "all_may_fail": True}
-                parts.append(tools.play({f"{panel}, {branch}": command}, missing, read, args.parallel, **options))
-            tables = [pd.read_csv(path) for path in paths.values() if path.exists()]
-            color = f"C{list(BRANCHES).index(branch)}"
-            tools.draw_curves(axes, tables, np.linspace(0, steps, 201), WINDOW, color, branch)
-            rows[branch] = {kind: tools.with_interval([each[kind].iloc[-1] for each in tables]) for kind in SCORES}
-        axes.set(xlabel="steps", ylabel=f"training return, mean of {WINDOW} episodes", title=panel)
-        tools.print_table(f"{panel}, {steps:,} steps", pd.DataFrame(rows).T)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(BRANCHES))
+        for number, branch in enumerate(panel.branches):
+            group = runs[(runs["name"] == f"{title}, {branch}") & (runs["failed"] == "")]
+            color = f"C{[*BRANCHES].index(branch) if branch in BRANCHES else number + 3}"
+            tools.draw_curves(axes, group["curve"].tolist(), color, branch)
+            rows[branch] = {kind: tools.with_interval(group[kind].tolist()) for kind in (tools.RETURN, TRAINING_RETURN)}
+        axes.set(xlabel="steps", ylabel="training return", title=title)
+        axes.legend(fontsize="small")
+        tools.print_table(f"{title}, {steps:,} steps", pd.DataFrame(rows).T)
+        parts.append(runs)
     tools.save_figure(figure, "ddpg_branches.png")
-    return tools.finish(pd.concat(parts), None) if parts else 0
+    return tools.finish(*parts)
 
 
 if __name__ == "__main__":

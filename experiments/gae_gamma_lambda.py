@@ -1,14 +1,15 @@
 """The effect of gamma and lambda: what gae.py has learned after a fixed number of steps, over a grid of both.
 
     pip install -r experiments/requirements.txt
-    python experiments/gae_gamma_lambda.py --parallel 2 --output gae_gamma_lambda.csv
+    python experiments/gae_gamma_lambda.py --parallel 2
 
-About 7 minutes on two cores. It is figure 2, on the right, of Schulman et al. 2016, which shows the performance on a
+About 25 minutes on two cores. It is figure 2, on the right, of Schulman et al. 2016, which shows the performance on a
 cart-pole task after 20 iterations and has its best results where both are intermediate. Here a run is `gae.py` with
 its defaults but gamma and lambda, on CartPole-v1, for 40,000 steps, which are 20 batches. It has two results: the mean
 return of the training episodes that end in the last fifth of the steps, how good it has become, and of all its
-episodes, how soon. The tables and the heat maps, docs/gae_gamma_lambda.png, have the means over the seeds. A run that
-fails is left out and reported, and the exit code is 1.
+episodes, how soon. The tables and the heat maps, docs/gae_gamma_lambda.png, have the means over the seeds; the last
+table has the best fields with their intervals. What is kept in experiments/results/ is not run again. A run that fails
+is left out and reported, and the exit code is 1.
 """
 
 import sys
@@ -26,7 +27,9 @@ LAST, ALL = "episodes that end in the last fifth of the steps", "all episodes"
 
 
 @dataclass
-class Args:
+class Args(tools.Options):
+    seeds: tuple[int, ...] = tuple(range(1, 11))
+    """one run of each pair of gamma and lambda for every seed"""
     env_id: str = "CartPole-v1"
     """environment"""
     total_timesteps: int = 40_000
@@ -35,14 +38,6 @@ class Args:
     """rows of the grid"""
     lambdas: tuple[float, ...] = LAMBDAS
     """columns of the grid"""
-    repeats: int = 3
-    """runs of each pair of gamma and lambda, with seeds seed, seed + 1, ..."""
-    seed: int = 1
-    """seed of the first run"""
-    parallel: int = 1
-    """runs that go at once; their results do not depend on it"""
-    output: Path | None = None
-    """write every run to this CSV file"""
 
 
 def draw(tables: dict[str, pd.DataFrame], title: str) -> None:
@@ -72,16 +67,18 @@ def main(args: Args) -> int:
         (gamma, lambda_): tools.script("gae.py", f"{common} --gamma={gamma} --gae-lambda={lambda_}")
         for gamma, lambda_ in product(args.gammas, args.lambdas)
     }
-    runs = tools.play(contestants, range(args.seed, args.seed + args.repeats), read, args.parallel)
+    runs = tools.play(contestants, read, args, "gae_gamma_lambda", args.parallel)
     runs[["gamma", "lambda"]] = [(f"{gamma:g}", f"{lambda_:g}") for gamma, lambda_ in runs["name"]]
     tables = {name: runs.pivot_table(name, "gamma", "lambda", sort=False) for name in (LAST, ALL)}
-    title = f"{args.env_id}, {args.total_timesteps:,} steps, mean return of {args.repeats} runs"
+    title = f"{args.env_id}, {args.total_timesteps:,} steps, mean return of {len(args.seeds)} runs"
     print(f"{title}\n")
     for name, table in tables.items():
         print(f"{name}:\n")
         tools.print_table("gamma \\ lambda", table)
+    best = tools.spread(runs, ALL).nlargest(8, "mean")
+    tools.print_table(f"gamma and lambda, {ALL}", best)
     draw(tables, title)
-    return tools.finish(runs, args.output)
+    return tools.finish(runs)
 
 
 if __name__ == "__main__":

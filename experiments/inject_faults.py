@@ -22,6 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -52,7 +53,7 @@ class Args:
     """faults of this kind alone"""
     number: int | None = None
     """the fault of this number alone"""
-    scripts: tuple[str, ...] = tuple(FLAGS)
+    scripts: tuple[Literal[*FLAGS], ...] = tuple(FLAGS)
     """scripts to try"""
     parallel: int = 2
     """faults at the same time"""

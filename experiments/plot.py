@@ -3,8 +3,8 @@
     pip install -r requirements.txt pandas scipy matplotlib
     python experiments/plot.py runs --output curves.png
 
-Each thin line is a run: the mean return of its last training episodes. The thick one is the mean over the runs of a
-setting, its seeds, with its 95 % bootstrap interval. A setting is a script with whatever of its arguments differs.
+Each thin line is a run: the returns of its training episodes. The thick one is the mean over the runs of a setting, its
+seeds, with its 95 % bootstrap interval. A setting is a script with whatever of its arguments differs.
 """
 
 import json
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pandas as pd
 import tools
 import tyro
@@ -34,8 +33,8 @@ class Args:
     """folders of runs, or folders with such folders inside"""
     x: Literal["step", "time"] = "step"
     """what to draw over: environment steps, or seconds of training"""
-    window: PositiveInt = 50
-    """training episodes whose mean return is drawn"""
+    points: PositiveInt = 100
+    """of a curve: each is the mean return of the episodes that end in one of so many parts of the longest run"""
     output: Path = Path("curves.png")
     """picture to write: .png, .pdf, .svg"""
 
@@ -66,11 +65,12 @@ def main(args: Args) -> int:
     figure, panels = tools.new_figure(len(environments), 1, height=4 * len(environments))
     for axes, env_id in zip(panels.flat, environments, strict=True):
         here = runs[runs["env_id"] == env_id]
-        grid = np.linspace(0, max(episodes[args.x].max() for episodes in here["episodes"]), 301)
+        end = max(episodes[args.x].max() for episodes in here["episodes"])
         for number, (setting, group) in enumerate(here.groupby("setting", sort=False)):
             label = f"{setting} ({len(group)} run{'s' * (len(group) > 1)})"
-            tools.draw_curves(axes, group["episodes"], grid, args.window, f"C{number}", label, args.x)
-        axes.set(title=env_id, ylabel=f"return, mean of {args.window} episodes")
+            curves = [tools.curve(episodes, end, args.points, args.x) for episodes in group["episodes"]]
+            tools.draw_curves(axes, curves, f"C{number}", label, args.x)
+        axes.set(title=env_id, ylabel="training return")
         axes.set_xlabel({"step": "environment steps", "time": "seconds"}[args.x])
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.legend(fontsize="small")

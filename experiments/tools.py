@@ -8,14 +8,16 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -62,6 +64,22 @@ def start_ray(address: str | None) -> None:
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
+@dataclass
+class Options:
+    """Arguments of every experiment."""
+
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """one run of each for every seed"""
+    parallel: int = 1
+    """runs that go at once, where no time is measured"""
+    draw_only: bool = False
+    """run nothing, show what is kept"""
+    results: Path = RESULTS
+    """where what each run has reached is kept; a run that is kept there is not run again"""
+    log_dir: Path = Path("runs/experiments")
+    """where the runs are kept; one that is there and has its evaluation is not run again"""
+
+
 class Command(NamedTuple):
     """Arguments of Python, where {seed} and {folder} stand for those of the run, and the directory to start it in."""
 
@@ -84,13 +102,12 @@ def call(function: Callable, **arguments) -> Command:
 
 def play(
     contestants: dict,
-    seeds: Iterable[int],
     read: Callable[[Path], dict],
+    options: Options,
+    name: str,
     parallel: int = 1,
     time_limit: float = 7200.0,
-    log_dir: Path | None = None,
     keep_checkpoints: bool = False,
-    all_may_fail: bool = False,
 ) -> pd.DataFrame:
     """Run every contestant with every seed, each run in a process of its own.
 
@@ -98,30 +115,41 @@ def play(
 
     Args:
         contestants: a `Command` for each name.
-        seeds: one for each repeat.
-        read: takes a run's folder and returns what it has reached, by column. A ValueError says why there is nothing.
+        read: takes a run's folder and returns what it has reached, by column; "curve" is a table of its own. A
+            ValueError says why there is nothing.
+        options: of the experiment.
+        name: of the folder in `options.results` where that is kept.
         parallel: runs that go at once.
         time_limit: seconds after which a run is killed and counts as failed.
-        log_dir: keep the runs there. One of a script that is there already and has its evaluation is not run again.
-        all_may_fail: go on even if not a single run ends well.
         keep_checkpoints: give each checkpoint a name that stays: 00000.pt, 00001.pt, ... in the run's folder.
 
     Returns:
         A row for each run: name, seed, wall_seconds of the whole process, the cause if it failed, what `read` returns.
     """
-    stop = threading.Event()
+    stop, lock = threading.Event(), threading.Lock()
+    kept = options.results / name
 
-    def run(name, seed: int, folder: Path, command: Command, arguments: list[str]) -> dict:
-        row = {"name": name, "seed": seed, "wall_seconds": np.nan, "failed": ""}
+    def run(contestant, seed: int, folder: Path, command: Command, arguments: list[str]) -> dict:
+        key = {"name": str(contestant), "seed": seed, "command": " ".join(command.arguments)}
+        row = {"name": contestant, "seed": seed, "failed": ""}
+        if known := find_kept(kept, key):
+            return row | known
+        if options.draw_only:
+            return row | {"failed": "not run yet"}
         try:
+            reached = {"wall_seconds": np.nan}
             if not list(folder.glob("*/evaluation.json")):
-                folder.mkdir(parents=True, exist_ok=True)
-                row["wall_seconds"] = wait_for(arguments, command.directory, folder)
-            row |= read(folder)
-            words = ", ".join(f"{key} {cell(value)}" for key, value in row.items() if isinstance(value, float))
+                shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run has left
+                folder.mkdir(parents=True)
+                reached["wall_seconds"] = wait_for(arguments, command.directory, folder)
+            reached |= read(folder)
+            words = ", ".join(f"{key} {cell(value)}" for key, value in reached.items() if isinstance(value, float))
+            row |= reached
+            with lock:
+                keep(kept, key, reached)
         except (ValueError, LookupError) as error:
             row["failed"] = words = f"FAILED: {error}"
-        print(f"{name}, seed {seed}: {words}", file=sys.stderr, flush=True)
+        print(f"{contestant}, seed {seed}: {words}", file=sys.stderr, flush=True)
         return row
 
     def wait_for(arguments: list[str], directory: Path, folder: Path) -> float:
@@ -150,39 +178,63 @@ def play(
         return seconds
 
     jobs = []
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(max(1, parallel)) as pool:
-        for seed in seeds:
-            for name, command in contestants.items():
-                arguments = [part.replace("{seed}", str(seed)) for part in command.arguments]
-                if log_dir is None:
-                    folder = Path(tempfile.mkdtemp(dir=temporary))
-                else:
-                    folder = log_dir.absolute() / re.sub(r"[^\w.=-]+", "_", " ".join(arguments).replace("{folder}", ""))
-                arguments = [part.replace("{folder}", str(folder)) for part in arguments]
-                jobs.append((name, seed, folder, command, arguments))
+    for seed in options.seeds:
+        for contestant, command in contestants.items():
+            arguments = [part.replace("{seed}", str(seed)) for part in command.arguments]
+            words = re.sub(r"[^\w.=-]+", "-", f"{contestant}_{seed}")
+            folder = options.log_dir.absolute() / name / f"{words}_{zlib.crc32(' '.join(arguments).encode()):08x}"
+            arguments = [part.replace("{folder}", str(folder)) for part in arguments]
+            jobs.append((contestant, seed, folder, command, arguments))
+    with ThreadPoolExecutor(max(1, parallel)) as pool:
         try:
             rows = list(pool.map(run, *zip(*jobs, strict=True)))
         finally:
             stop.set()
     runs = pd.DataFrame(rows)
-    if runs["failed"].all() and not all_may_fail:
-        sys.exit("Every run has failed.")
+    if runs["failed"].all():
+        sys.exit("No run is kept." if options.draw_only else "Every run has failed.")
     return runs
 
 
+def find_kept(folder: Path, key: dict) -> dict:
+    """What `keep` has kept there of a run with this name, seed and command; empty if there is none."""
+    if not (folder / "runs.csv").exists():
+        return {}
+    runs = pd.read_csv(folder / "runs.csv")
+    found = runs[(runs[list(key)] == pd.Series(key)).all(axis=1)].drop(columns=list(key)).dropna(axis=1)
+    reached = found.iloc[-1].to_dict() if len(found) else {}
+    if "curve" in reached:
+        reached["curve"] = pd.read_csv(folder / reached["curve"])
+    return reached
+
+
+def keep(folder: Path, key: dict, reached: dict) -> None:
+    """Add a row to runs.csv in `folder`. A curve goes into a file of its own, whose name takes its place."""
+    row = key | reached
+    folder.mkdir(parents=True, exist_ok=True)
+    if "curve" in row:
+        row["curve"] = re.sub(r"[^\w.=-]+", "-", f"{key['name']}_{key['seed']}.csv")
+        reached["curve"].round(3).to_csv(folder / row["curve"], index=False)
+    runs = [pd.read_csv(folder / "runs.csv")] if (folder / "runs.csv").exists() else []
+    pd.concat([*runs, pd.DataFrame([row])]).to_csv(folder / "runs.csv", index=False)
+
+
 def play_with_rivals(
-    contestants: dict, seeds: range, rivals: list[list], measure: str, *args, **options
+    contestants: dict, read: Callable, options: Options, name: str, rivals: list[list], **more
 ) -> tuple[pd.DataFrame, list]:
-    """`play`, where of each group of rivals only the one with the higher `measure` in the first repeat goes on.
+    """`play`, where of each group of rivals only the one with the higher speed with the first seed goes on.
 
     Returns the runs, and the rival of each group that went on.
     """
-    first = play(contestants, seeds[:1], *args, **options)
-    speeds = first.set_index("name")[measure].fillna(0)
+    first, others = replace(options, seeds=options.seeds[:1]), replace(options, seeds=options.seeds[1:])
+    runs = [play(contestants, read, first, name, **more)]
+    speeds = runs[0].set_index("name")[SPEED].fillna(0)
     chosen = [max(group, key=speeds.get) for group in rivals]
-    slow = [name for group in rivals for name in group if name not in chosen]
-    left = {name: command for name, command in contestants.items() if name not in slow}
-    return pd.concat([first, *([play(left, seeds[1:], *args, **options)] if seeds[1:] else [])]), chosen
+    slow = [rival for group in rivals for rival in group if rival not in chosen]
+    if others.seeds:
+        left = {name: command for name, command in contestants.items() if name not in slow}
+        runs.append(play(left, read, others, name, **more))
+    return pd.concat(runs), chosen
 
 
 def keep_checkpoint(folder: Path) -> None:
@@ -191,28 +243,6 @@ def keep_checkpoint(folder: Path) -> None:
     for checkpoint in folder.glob("*/checkpoint.pt"):  # one at most
         if not kept or not kept[-1].samefile(checkpoint):
             os.link(checkpoint, folder / f"{len(kept):05}.pt")
-
-
-def learn(model, steps: int, folder: Path, stop_at: float | None = None) -> None:
-    """Train a model of Stable-Baselines3. Writes episodes.csv, and metrics.csv with a single row, the end.
-
-    `stop_at` is the mean return of the last WINDOW episodes that ends the training.
-    """
-
-    def log_episodes(variables: dict, _) -> bool:
-        # put there by the Monitor that SB3 wraps around each environment
-        ended = [info["episode"]["r"] for info in variables["infos"] if "episode" in info]
-        for score in ended:
-            episodes.append((model.num_timesteps, time.perf_counter() - start, score))
-        if stop_at is None or not ended or len(episodes) < WINDOW:
-            return True
-        return np.mean([score for *_, score in episodes[-WINDOW:]]) < stop_at  # False ends the training
-
-    episodes, start = [], time.perf_counter()
-    model.learn(steps, callback=log_episodes)
-    end = model.num_timesteps, time.perf_counter() - start
-    pd.DataFrame(episodes, columns=["step", "time", "return"]).to_csv(folder / "episodes.csv", index=False)
-    pd.DataFrame([end], columns=["step", "time"]).to_csv(folder / "metrics.csv", index=False)
 
 
 # ------------------------------------------------------------------------------------------------- what a run has left
@@ -233,14 +263,14 @@ def read_return(folder: Path) -> dict[str, float]:
     return {RETURN: json.loads(find(folder, "evaluation.json").read_text())["mean_return"]}
 
 
-def read_speed(folder: Path) -> dict[str, float]:
+def read_speed(folder: Path, after: int = 0) -> dict[str, float]:
     """Steps per second of all workers together, from the first episode that counts to the last one that ends.
 
-    Those before a tenth of the steps do not count, and those before every worker has ended one: workers begin as each
-    of them is ready.
+    Those before step `after` or a tenth of the steps do not count, nor those before every worker has ended one: workers
+    begin as each of them is ready. ValueError: there are too few.
     """
     episodes = read_table(folder, "episodes")
-    late = episodes["step"] >= episodes["step"].max() / 10
+    late = episodes["step"] >= max(after, episodes["step"].max() / 10)
     if "worker" in episodes:
         late &= episodes["time"] >= episodes.groupby("worker")["time"].min().max()
     late = episodes[late]
@@ -257,6 +287,17 @@ def read_time_to_target(folder: Path, target: float, window: int = WINDOW) -> di
     return {SECONDS_TO_TARGET: float(seconds), STEPS_TO_TARGET: float(steps)}
 
 
+def curve(episodes: pd.DataFrame, end: float, points: int = 100, x: str = "step") -> pd.DataFrame:
+    """A learning curve: mean step, time and return of the episodes that end in each of so many parts.
+
+    Parts are of the column `x`, from 0 to `end`; the column `part` counts them. ValueError: there is no episode.
+    """
+    if episodes.empty:
+        raise ValueError("no episode has ended")
+    parts = np.ceil(episodes[x] / end * points).clip(1, points).rename("part")
+    return episodes.groupby(parts)[["step", "time", "return"]].mean().reset_index()
+
+
 def last_fifth(episodes: pd.DataFrame, steps: int) -> float:
     """Mean return of the training episodes that end in the last fifth of the steps. ValueError: there is none."""
     last = episodes[episodes["step"] > 0.8 * steps]
@@ -268,36 +309,13 @@ def last_fifth(episodes: pd.DataFrame, steps: int) -> float:
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def spread(runs: pd.DataFrame, measure: str, lowest: str = "min", highest: str = "max") -> pd.DataFrame:
-    """Median, minimum and maximum of a column of runs for each contestant."""
-    table = runs.groupby("name", sort=False)[measure].agg(["median", "min", "max"])
-    return table.set_axis(["median", lowest, highest], axis=1)
-
-
-def compare_returns(name: str, parts: dict, args) -> list[pd.DataFrame]:
-    """Run a script with several flags, print what it has learned and how fast, return the runs.
-
-    Args:
-        name: of the script.
-        parts: for each part of the experiment the flags of its commands, and the number of seeds.
-        args: `only` names a part, None stands for all; `seed` is the first; `total_timesteps` may shorten the runs.
-    """
-    results = []
-    trial = "" if args.total_timesteps is None else f" --total-timesteps={args.total_timesteps}"
-    for part, (commands, seeds) in parts.items():
-        if args.only not in (None, part):
-            continue
-        contestants = {f"`{flags}`": script(name, flags + trial) for flags in commands}
-        seeds = range(args.seed, args.seed + seeds)
-        runs = play(contestants, seeds, lambda folder: read_return(folder) | read_speed(folder))
-        groups = runs[runs["failed"] == ""].groupby("name", sort=False)
-        table = (
-            spread(runs, RETURN, "worst", "best").add_prefix(f"{RETURN}: ").assign(**{SPEED: groups[SPEED].median()})
-        )
-        table.insert(0, "runs", groups.size())
-        print_table(f"`python {name}` with", table)
-        results.append(runs)
-    return results
+def spread(runs: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """A column of runs for each contestant: number of runs, median, worst and best, mean with its interval."""
+    groups = runs.dropna(subset=measure).groupby("name", sort=False)[measure]
+    table = groups.agg(["size", "median", "min", "max", "mean"])
+    bounds = [interval(values.tolist()) for _, values in groups]
+    table["95 % of the mean"] = [f"{cell(low)} to {cell(high)}" for low, high in bounds]
+    return table.rename(columns={"size": "runs"})
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -313,10 +331,11 @@ def with_interval(values: list[float]) -> str:
     return text if np.isnan(low) else f"{cell(np.mean(values))} ({cell(low)} to {cell(high)}): {text}"
 
 
-def ratio(runs: pd.DataFrame, measure: str, above, below) -> pd.Series:
-    """Median, minimum and maximum of the ratios of two contestants' runs with the same seed."""
+def ratios(runs: pd.DataFrame, measure: str, above, others: list) -> pd.DataFrame:
+    """Ratios of a contestant's runs to those of each other one with the same seed, as a table of `spread`."""
     table = runs.pivot(index="seed", columns="name", values=measure)
-    return (table[above] / table[below]).agg(["median", "min", "max"])
+    rows = [pd.DataFrame({"name": f"{above} / {other}", measure: table[above] / table[other]}) for other in others]
+    return spread(pd.concat(rows), measure)
 
 
 def cell(value: float | str) -> str:
@@ -337,11 +356,9 @@ def print_table(title: str, table: pd.DataFrame) -> None:
     print("\n".join(lines) + "\n", flush=True)
 
 
-def finish(runs: pd.DataFrame, output: Path | None) -> int:
-    """Write the runs to `output`, a CSV file, and say where they ran and which have failed. Returns the exit code."""
-    if output is not None:
-        runs.drop(columns="episodes", errors="ignore").to_csv(output, index=False)
-    versions = []
+def finish(*parts: pd.DataFrame) -> int:
+    """Say where the runs ran and which have failed. Returns the exit code."""
+    runs, versions = pd.concat(parts), []
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions.append(f"{package} {version(package)}")
@@ -366,30 +383,20 @@ def new_figure(rows: int, columns: int, width: float = 9.0, height: float = 4.0)
     return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
 
 
-def draw_curves(
-    axes, tables: Iterable[pd.DataFrame], grid: np.ndarray, window: int, color: str, label: str, x: str = "step"
-) -> None:
-    """Learning curves: the mean return of the last `window` training episodes, fewer at the beginning.
+def draw_curves(axes, curves: list[pd.DataFrame], color: str, label: str, x: str = "step", scale: float = 1.0) -> None:
+    """Learning curves as `curve` gives them, over the column `x`, divided by `scale`.
 
-    A thin line is a run, the thick one their mean with its 95 % bootstrap interval, as far as all of them go. `tables`
-    are the runs' episodes, `grid` the values of their column `x` to draw at.
+    A thin line is a run, the thick one their mean with its 95 % bootstrap interval, as far as all of them go.
     """
-    curves = []
-    for episodes in tables:
-        episodes = episodes.sort_values(x, kind="stable")
-        means = episodes["return"].rolling(window, min_periods=1).mean()
-        ended = np.searchsorted(episodes[x], grid, side="right")
-        curve = np.concatenate(([np.nan], means))[ended]  # no number before the end of the first episode
-        curve[grid > episodes[x].iloc[-1] * 1.02] = np.nan  # nor after the end of the run
-        curves.append(curve)
-        axes.plot(grid, curve, color=color, linewidth=0.6, alpha=0.5)
-    if curves:
-        whole = ~np.isnan(curves).any(axis=0)
-        axes.plot(grid[whole], np.mean(curves, axis=0)[whole], color=color, linewidth=2, label=label)
-        if len(curves) > 1:
-            options = {"method": "percentile", "n_resamples": 1000, "rng": 0, "axis": 0}
-            bounds = stats.bootstrap((np.array(curves)[:, whole],), np.mean, **options).confidence_interval
-            axes.fill_between(grid[whole], bounds.low, bounds.high, color=color, alpha=0.15, linewidth=0)
+    for one in curves:
+        axes.plot(one[x] / scale, one["return"], color=color, linewidth=0.6, alpha=0.5)
+    together = pd.concat([one.set_index("part")[[x, "return"]] for one in curves], axis=1).dropna()
+    position, returns = together[x].T.mean() / scale, together["return"].to_numpy().T
+    axes.plot(position, returns.mean(axis=0), color=color, linewidth=2, label=label)
+    if len(curves) > 1:
+        options = {"method": "percentile", "n_resamples": 1000, "rng": 0, "axis": 0}
+        bounds = stats.bootstrap((returns,), np.mean, **options).confidence_interval
+        axes.fill_between(position, bounds.low, bounds.high, color=color, alpha=0.15, linewidth=0)
     axes.grid(alpha=0.3)
 
 

@@ -37,19 +37,17 @@ def test_a_folder_without_runs(tmp_path, capsys):
 
 @pytest.mark.parametrize("x", ["step", "time"])
 def test_the_curves(tmp_path, monkeypatch, x):
-    """Each run has a thin line, a setting the mean with its interval where all its runs have a value."""
+    """Each run has a thin line, a setting the mean with its interval as far as all its runs go."""
     pyplot = pytest.importorskip("matplotlib.pyplot")
     monkeypatch.setattr(pyplot.Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
     figures = []
     new_run(tmp_path, "A-v0__a3c__1", returns=(0.0, 2.0, 4.0))
     new_run(tmp_path, "A-v0__a3c__2", returns=(0.0, 4.0), seed=2)
-    assert plot.main(plot.Args((tmp_path,), x=x, window=1)) == 0
+    assert plot.main(plot.Args((tmp_path,), x=x, points=3)) == 0
     (axes,) = figures[0].axes
-    one, other, mean = [line.get_ydata() for line in axes.lines]
-    assert one[-1] == 4
-    assert other[200] == 4
-    assert mean[-1] == 3
-    assert len(mean) < len(one)
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[0, 2, 4], [0, 4], [0, 3]]
+    unit = {"step": 10, "time": 1}[x]
+    assert axes.lines[2].get_xdata().tolist() == [unit, 2 * unit]
     low, high = [edge(axes.collections[0].get_paths()[0].vertices[:, 1]) for edge in (min, max)]
     assert (low, high) == (0, 4)
     assert axes.get_legend().get_texts()[0].get_text() == "a3c (2 runs)"

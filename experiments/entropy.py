@@ -1,0 +1,59 @@
+"""The lecture's entropy regularisation: A3C with beta 0, 0.001, 0.01 and 0.1, entropy and return over steps.
+
+    pip install -r experiments/requirements.txt
+    python experiments/entropy.py
+    python experiments/entropy.py --env-id Acrobot-v1 --total-timesteps 500000
+
+A quarter of an hour on two cores for CartPole-v1; `--seeds 21 --total-timesteps 20000` is a trial. Every run is a3c.py
+with 8 workers and its defaults but --ent-coef. The table has the greedy return, a mean over 20 episodes after training.
+The picture, docs/entropy.png, shows the policy's entropy and the returns of training episodes. What is kept in
+experiments/results/ is not run again. A run that fails is left out and reported, and the exit code is 1.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import tools
+
+BETAS = (0.0, 0.001, 0.01, 0.1)
+
+
+@dataclass
+class Args(tools.Options):
+    seeds: tuple[int, ...] = tuple(range(1, 11))
+    """one run of each for every seed"""
+    env_id: str = "CartPole-v1"
+    """environment"""
+    total_timesteps: int = 200_000
+    """steps of each run"""
+
+
+def main(args: Args) -> int:
+    def read(folder: Path) -> dict:
+        metrics = tools.read_table(folder, "metrics").rename(columns={"entropy": "return"})
+        curves = [
+            tools.curve(table, args.total_timesteps, 40) for table in (tools.read_table(folder, "episodes"), metrics)
+        ]
+        curve = pd.merge(curves[0], curves[1][["part", "return"]].rename(columns={"return": "entropy"}), on="part")
+        return tools.read_return(folder) | {"curve": curve}
+
+    flags = f"--env-id={args.env_id} --num-workers=8 --total-timesteps={args.total_timesteps}"
+    contestants = {f"beta {beta:g}": tools.script("a3c.py", f"{flags} --ent-coef={beta:g}") for beta in BETAS}
+    runs = tools.play(contestants, read, args, "entropy")
+    tools.print_table(f"{args.env_id}, {tools.RETURN}", tools.spread(runs, tools.RETURN))
+    figure, ((left, right),) = tools.new_figure(1, 2, width=10)
+    for number, (name, group) in enumerate(runs[runs["failed"] == ""].groupby("name", sort=False)):
+        entropies = [curve.assign(**{"return": curve["entropy"]}) for curve in group["curve"]]
+        tools.draw_curves(left, entropies, f"C{number}", name)
+        tools.draw_curves(right, group["curve"].tolist(), f"C{number}", name)
+    left.set(xlabel="environment steps", ylabel="entropy of the policy", title=args.env_id)
+    right.set(xlabel="environment steps", ylabel="training return", title=args.env_id)
+    right.legend()
+    tools.save_figure(figure, "entropy.png")
+    return tools.finish(runs)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tools.parse_args(Args)))

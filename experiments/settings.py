@@ -1,0 +1,71 @@
+"""Settings of the scripts for several tasks: greedy returns over seeds, each with the command that gives them.
+
+    pip install -r experiments/requirements.txt
+    python experiments/settings.py --only a3c.py
+
+Some hours on two cores in all; `--only async_qlearning.py --seeds 21 --total-timesteps 5000` is a trial. Each return is
+the mean over 20 greedy episodes after training. MuJoCo's tasks take the first 5 seeds. The settings were chosen on
+other seeds. What is kept in experiments/results/ is not run again. A run that fails is left out and reported, and the
+exit code is 1.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import pandas as pd
+import tools
+
+SETTINGS = {
+    "a3c.py": [
+        "--num-workers 8",
+        "--num-workers 2",
+        "--num-workers 16",
+        "--env-id Acrobot-v1 --total-timesteps 500000",
+        "--env-id Pendulum-v1 --total-timesteps 1500000 --t-max 16 --learning-rate 1e-3 --gamma 0.9 --ent-coef 0.1",
+    ],
+    "async_qlearning.py": [
+        "--num-workers 8",
+        "--num-workers 2",
+        "--num-workers 16",
+        "--num-workers 8 --target sarsa",
+        "--num-workers 8 --n-step 32",
+        "--env-id Acrobot-v1 --total-timesteps 1000000 --target-network-frequency 2000",
+    ],
+    "gae.py": ["--num-envs 8"],
+    "ddpg.py": [
+        "",
+        "--env-id InvertedPendulum-v5 --total-timesteps 50000 --actor-learning-rate 1e-4",
+        "--env-id CartPole-v1 --total-timesteps 50000 --actor-learning-rate 3e-4 --tau 0.01 --batch-size 128",
+    ],
+}
+
+
+@dataclass
+class Args(tools.Options):
+    seeds: tuple[int, ...] = tuple(range(1, 11))
+    """one run of each for every seed"""
+    only: Literal["a3c.py", "async_qlearning.py", "gae.py", "ddpg.py"] | None = None
+    """this script alone"""
+    total_timesteps: int | None = None
+    """for a trial: steps of each run"""
+
+
+def main(args: Args) -> int:
+    trial, parts = "" if args.total_timesteps is None else f" --total-timesteps={args.total_timesteps}", []
+    for script, settings in SETTINGS.items():
+        if args.only not in (None, script):
+            continue
+        parallel = args.parallel if script in ("gae.py", "ddpg.py") else 1
+        runs = []
+        for flags in settings:
+            options = replace(args, seeds=args.seeds[:5]) if "-v5" in flags else args
+            contestant = {f"`python {script} {flags}`": tools.script(script, flags + trial)}
+            runs.append(tools.play(contestant, tools.read_return, options, "settings", parallel))
+        tools.print_table(tools.RETURN, tools.spread(pd.concat(runs), tools.RETURN))
+        parts += runs
+    return tools.finish(*parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tools.parse_args(Args)))
