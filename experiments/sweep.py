@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -99,6 +100,12 @@ def to_flags(run: dict) -> list[str]:
     return flags
 
 
+def folder_name(command: str) -> str:
+    """A run's folder: its command, or the start of it and a checksum, as a name has 255 bytes at most."""
+    name = re.sub(r"[^\w.=-]+", "_", command)
+    return name if len(name) <= 200 else f"{name[:200]}_{zlib.crc32(command.encode()):08x}"
+
+
 def parse_run(run: dict):
     """The arguments of a run as the script has them; `fail`s where it does not take them."""
     args = tyro.cli(importlib.import_module(Path(run["script"]).stem).Args, args=to_flags(run))
@@ -166,7 +173,7 @@ def main(args: Args) -> int:
     if largest < (args.cpus_per_run or 1):
         fail(f"a machine of the cluster has {largest:g} CPUs at most, less than a run claims (--cpus-per-run)")
     log_dir = args.log_dir.absolute()
-    folders = [log_dir / re.sub(r"[^\w.=-]+", "_", " ".join([script, *flags])) for script, flags in commands]
+    folders = [log_dir / folder_name(" ".join([script, *flags])) for script, flags in commands]
     with failing("--log-dir"):
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)

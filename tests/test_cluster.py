@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -15,10 +16,13 @@ from conftest import ROOT, as_options, load, tables, wait_until
 
 pytest.importorskip("ray")
 pytest.importorskip("scipy")
+import cluster_a3c
+import ray
 import sweep
 from ray.cluster_utils import Cluster
 
 import a3c
+import async_qlearning
 
 FOR_EVER = {"total_timesteps": 10**9, "log_interval": 500, "eval_episodes": 1}
 SMALL = {"object_store_memory": 10**8}
@@ -36,7 +40,8 @@ def on_a_cluster(test):
 def one_cluster():
     """A head without CPUs; the nodes come later."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT / "tests"))  # Ray's processes inherit it
+        path = [str(ROOT / name) for name in ("tests", "experiments")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(path))  # Ray's processes inherit it
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False} | SMALL)
         cluster.nodes = []
         yield cluster
@@ -101,6 +106,14 @@ def run(tmp_path):
         program.process.wait()
 
 
+def in_this_process(main: Callable, *arguments) -> int:
+    """The exit code of an experiment's `main`."""
+    try:
+        return main(*arguments)
+    finally:
+        ray.shutdown()
+
+
 def processes(title: str) -> list[psutil.Process]:
     """The cluster's processes that do this."""
     found = []
@@ -148,23 +161,22 @@ def test_the_server_is_lost(run, cluster):
 
 
 @on_a_cluster
-def test_a_worker_that_raises_ends_the_run(run, cluster):
+def test_a_worker_that_raises_ends_the_run(cluster, tmp_path, capsys):
     options = {"env_id": "faulty:Failing-v0", "num_workers": 1, "total_timesteps": 1000, "t_max": 10}
-    program = run("cluster_a3c.py", address=cluster.address, **options)
-    code, output = program.finish()
-    assert code == 1
-    assert "RuntimeError: the probe broke" in output
-    (checkpoint,) = program.runs.rglob("checkpoint.pt")
+    args = cluster_a3c.args_class("a3c")(**options, address=cluster.address, log_dir=str(tmp_path))
+    assert in_this_process(cluster_a3c.main, a3c, args) == 1
+    assert "RuntimeError: the probe broke" in capsys.readouterr().err
+    (checkpoint,) = tmp_path.rglob("checkpoint.pt")
     assert load(checkpoint.parent)["step"] == 35  # an episode has 5 steps
 
 
 @on_a_cluster
-def test_asynchronous_q_learning_on_this_machine_alone(run):
-    options = {"script": "async_qlearning.py", "env_id": "CartPole-v1", "num_workers": 2, "lag": 1}
-    program = run("cluster_a3c.py", **options, total_timesteps=5000, eval_episodes=3)
-    code, output = program.finish()
-    assert code == 0, output
-    (evaluation,) = program.runs.rglob("evaluation.json")
+@pytest.mark.usefixtures("one_cluster")
+def test_asynchronous_q_learning_on_this_machine_alone(tmp_path):
+    options = {"num_workers": 2, "lag": 1, "total_timesteps": 5000, "eval_episodes": 3}
+    args = cluster_a3c.args_class("async_qlearning")(**options, log_dir=str(tmp_path))
+    assert in_this_process(cluster_a3c.main, async_qlearning, args) == 0
+    (evaluation,) = tmp_path.rglob("evaluation.json")
     assert json.loads(evaluation.read_text())["episodes"] == 3
     checkpoint = load(evaluation.parent)
     assert checkpoint["script"] == "async_qlearning"
@@ -173,7 +185,7 @@ def test_asynchronous_q_learning_on_this_machine_alone(run):
 
 
 @on_a_cluster
-def test_a_sweep_survives_the_loss_of_a_node_and_sigterm(run, cluster):
+def test_a_sweep_survives_the_loss_of_a_node_and_sigterm(run, cluster, capsys):
     grid = ["num_workers=1", "log_interval=500", "total_timesteps=15000", "t_max=32,64,128"]
     command = "sweep.py", "a3c.py", "--seeds", "1", "--address", cluster.address, "--grid", *grid
     program = run(*command)
@@ -185,32 +197,35 @@ def test_a_sweep_survives_the_loss_of_a_node_and_sigterm(run, cluster):
     assert code == 143
     assert "stopped; the same command goes on with what is left" in output
     wait_until(lambda: not processes("a3c.py"))
-    program = run(*command)
-    code, output = program.finish()
-    assert code == 0, output
+    options = {"seeds": "1", "address": cluster.address, "log_dir": program.runs, "grid": tuple(grid)}
+    assert in_this_process(sweep.main, sweep.Args(("a3c.py",), **options)) == 0
     rows = pd.read_csv(program.runs / "sweep.csv")
     assert rows["t_max"].tolist() == [32, 64, 128]
-    assert all(load(program.runs.parent / folder)["step"] > 15_000 for folder in rows["folder"])
+    assert all(load(Path(folder))["step"] > 15_000 for folder in rows["folder"])
     assert len([*program.runs.rglob("args.json")]) == 3  # the lost one was resumed, not begun anew
-    assert "| a3c.py CartPole-v1 t_max=64 | 1 |" in output
+    assert "| a3c.py CartPole-v1 t_max=64 | 1 |" in capsys.readouterr().out
 
 
 @on_a_cluster
-def test_a_sweep_reports_what_fails_and_skips_what_is_finished(run, cluster, tmp_path):
-    options = ["num_workers=1", "total_timesteps=100", "eval_episodes=1"]
-    command = ["sweep.py", "a3c.py", "--address", cluster.address, "--grid", *options, "--seeds", "3", "--env-ids"]
-    code, output = run(*command, "CartPole-v1", "faulty:Failing-v0").finish()
+def test_a_sweep_reports_what_fails_and_skips_what_is_finished(cluster, tmp_path, capsys):
+    grid = "num_workers=1", "total_timesteps=100", "eval_episodes=1"
+    options = {"seeds": "3", "address": cluster.address, "log_dir": tmp_path, "grid": grid}
+
+    def run_on(*env_ids: str) -> tuple[int, str]:
+        code = in_this_process(sweep.main, sweep.Args(("a3c.py",), env_ids=env_ids, **options))
+        return code, capsys.readouterr().out
+
+    code, output = run_on("CartPole-v1", "faulty:Failing-v0")
     assert code == 1
     assert output.count("faulty:Failing-v0 seed 3: exit code 1: RuntimeError: the probe broke") == 1
     assert "2 runs, of which 1 have failed" in output
     # As if it had been lost before its evaluation was written
-    (evaluation,) = (tmp_path / "runs").rglob("evaluation.json")
+    (evaluation,) = tmp_path.rglob("evaluation.json")
     evaluation.unlink()
-    code, output = run(*command, "CartPole-v1").finish()
-    assert code == 0
-    assert len([*(tmp_path / "runs").rglob("evaluation.json")]) == 1
+    assert run_on("CartPole-v1")[0] == 0
+    assert len([*tmp_path.rglob("evaluation.json")]) == 1
     last_change = evaluation.stat().st_mtime
-    code, output = run(*command, "CartPole-v1").finish()
+    code, output = run_on("CartPole-v1")
     assert code == 0
     assert evaluation.stat().st_mtime == last_change
     assert "| a3c.py CartPole-v1 | 1 |" in output
@@ -253,3 +268,11 @@ def test_the_runs_of_a_sweep():
 def test_a_setting_that_is_given_twice_is_run_once():
     args = sweep.Args(("a3c.py", "a3c.py"), seeds="1,1-2", env_ids=("CartPole-v1", "CartPole-v1"))
     assert sweep.all_runs(args)["seed"].tolist() == [1, 2]
+
+
+def test_long_commands_have_folders_of_their_own():
+    short, long = "a3c.py --seed=1", "a3c.py --learning-rate=" + "1" * 300
+    assert sweep.folder_name(short) == "a3c.py_--seed=1"
+    names = {sweep.folder_name(long + end) for end in ("1", "2")}
+    assert len(names) == 2
+    assert max(map(len, names)) < 255
