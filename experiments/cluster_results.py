@@ -142,8 +142,9 @@ def compare_sweep(args: Args) -> pd.DataFrame:
     flags = f"--num-workers 1 --total-timesteps {50_000 * args.scale:.0f} --eval-episodes 1"
     grid = flags.replace("--", "").replace("-", "_").split()
     grid = [f"{name}={value}" for name, value in zip(grid[::2], grid[1::2], strict=True)]
-    one = f"OMP_NUM_THREADS=1 {sys.executable} a3c.py {flags} --seed {{}} --log-dir {{folder}} > /dev/null"
-    with_xargs = f"import os, sys; sys.exit(os.system('seq 1 20 | xargs -P 2 -I{{}} sh -c \"{one}\"') > 0)"
+    one = f"OMP_NUM_THREADS=1 $PYTHON a3c.py {flags} --seed {{}} --log-dir {{folder}} > /dev/null"
+    with_xargs = f"os.system('seq 1 20 | xargs -P 2 -I{{}} sh -c \"{one}\"')"
+    with_xargs = f"import os, sys; os.environ['PYTHON'] = sys.executable; sys.exit({with_xargs} > 0)"
     sweep = ["experiments/sweep.py", "a3c.py", "--seeds", "1-20", "--log-dir", "{folder}", "--grid", *grid]
     contestants = {
         "xargs -P 2": tools.Command(["-c", with_xargs], tools.ROOT),
