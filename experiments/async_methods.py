@@ -30,13 +30,14 @@ import tools
 import a3c
 
 GAMES = ("Breakout", "Asterix", "Freeway", "Seaquest", "SpaceInvaders")
-A3C = "--t-max=20 --learning-rate=1e-3 --rmsprop-eps=1e-3 --ent-coef=0.02 --max-grad-norm=40"
-Q = "--train-frequency=20 --learning-rate=3e-3 --rmsprop-eps=0.1 --max-grad-norm=40 --target-network-frequency=5000"
+A3C = {"t_max": 20, "ent_coef": 0.02, "max_grad_norm": 40}  # of MinAtar; the others are the defaults
+Q = {"train_frequency": 20, "learning_rate": 3e-3, "rmsprop_eps": 0.1, "max_grad_norm": 40}
+Q |= {"target_network_frequency": 5000}
 METHODS = {
-    "A3C": ("a3c.py", A3C),
-    "one-step Q": ("async_qlearning.py", Q),
-    "one-step SARSA": ("async_qlearning.py", f"{Q} --target=sarsa"),
-    "n-step Q": ("async_qlearning.py", f"{Q} --n-step=20"),
+    "A3C": ("a3c.py", tools.flags(**A3C)),
+    "one-step Q": ("async_qlearning.py", tools.flags(**Q)),
+    "one-step SARSA": ("async_qlearning.py", tools.flags(**Q, target="sarsa")),
+    "n-step Q": ("async_qlearning.py", tools.flags(**Q, n_step=20)),
 }
 PEERS = {"SB3 A2C": {"algorithm": "A2C", "num_envs": 8}, "SB3 DQN": {"algorithm": "DQN"}}
 PEER_GAMES = ("Breakout", "SpaceInvaders")

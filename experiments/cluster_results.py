@@ -29,8 +29,8 @@ import pandas as pd
 import psutil
 import ray
 import tools
+from async_methods import A3C
 from cluster_a3c import Server
-from image_speed import SETTINGS
 
 import a3c
 
@@ -50,8 +50,7 @@ class Args(tools.Options):
 
 
 def breakout_flags(steps: float) -> str:
-    settings = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items())
-    return f"--env-id={BREAKOUT} --total-timesteps={steps:.0f} {settings}"
+    return f"--env-id={BREAKOUT} --total-timesteps={steps:.0f} {tools.flags(**A3C)}"
 
 
 @ray.remote(num_cpus=0)

@@ -25,12 +25,12 @@ import numpy as np
 import pandas as pd
 import peers
 import tools
+from async_methods import A3C
 
 import a3c
 
 BREAKOUT, PONG = "MinAtar/Breakout-v1", "ale_py:PongNoFrameskip-v4"
 OURS, SB3, PFRL, EMULATOR = "a3c.py, 2 workers", "SB3 A2C, 8 environments", "PFRL A3C, 2 processes", "emulator alone"
-SETTINGS = {"t_max": 20, "learning_rate": 1e-3, "rmsprop_eps": 1e-3, "ent_coef": 0.02, "max_grad_norm": 40.0}
 
 
 @dataclass
@@ -71,14 +71,13 @@ def read(folder: Path) -> dict[str, float]:
 
 def main(args: Args) -> int:
     parts = []
-    flags = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items())
     for game, env_id, steps in (("breakout", BREAKOUT, args.steps), ("pong", PONG, args.pong_steps)):
         if args.only not in (None, game):
             continue
-        ours = f"--env-id={env_id} --num-workers=2 --eval-episodes=0 --total-timesteps={steps} {flags}"
+        ours = f"--env-id={env_id} --num-workers=2 --eval-episodes=0 --total-timesteps={steps} {tools.flags(**A3C)}"
         contestants = {
             OURS: tools.script("a3c.py", ours),
-            PFRL: tools.call(peers.train_pfrl, env_id=env_id, steps=steps, **SETTINGS),
+            PFRL: tools.call(peers.train_pfrl, env_id=env_id, steps=steps, **A3C),
             SB3: tools.call(peers.train_sb3, algorithm="A2C", env_id=env_id, steps=steps, num_envs=8),
         }
         if game == "pong":

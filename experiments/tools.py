@@ -92,6 +92,11 @@ def script(name: str, flags: str = "", root: Path = ROOT) -> Command:
     return Command([name, *flags.split(), "--seed={seed}", "--log-dir={folder}"], root)
 
 
+def flags(**settings) -> str:
+    """Arguments of a script as they stand on its command line."""
+    return " ".join(f"--{name.replace('_', '-')}={value}" for name, value in settings.items())
+
+
 def call(function: Callable, **arguments) -> Command:
     """A function of an experiment, called with these arguments, with `seed`, and with `folder`, to write into."""
     file = Path(inspect.getfile(function))
