@@ -30,9 +30,9 @@ import tools
 import a3c
 
 GAMES = ("Breakout", "Asterix", "Freeway", "Seaquest", "SpaceInvaders")
-A3C = {"t_max": 20, "ent_coef": 0.02, "max_grad_norm": 40}  # of MinAtar; the others are the defaults
+A3C = {"t_max": 20, "learning_rate": 6e-3, "gamma": 0.97, "ent_coef": 0.02, "max_grad_norm": 40}
 Q = {"train_frequency": 20, "learning_rate": 3e-3, "rmsprop_eps": 0.1, "max_grad_norm": 40}
-Q |= {"target_network_frequency": 5000}
+Q |= {"gamma": 0.97, "target_network_frequency": 5000}
 METHODS = {
     "A3C": ("a3c.py", tools.flags(**A3C)),
     "one-step Q": ("async_qlearning.py", tools.flags(**Q)),

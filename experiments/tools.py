@@ -135,7 +135,8 @@ def play(
     kept = options.results / name
 
     def run(contestant, seed: int, folder: Path, command: Command, arguments: list[str]) -> dict:
-        key = {"name": str(contestant), "seed": seed, "command": " ".join(command.arguments)}
+        title = ", ".join(map(str, contestant)) if isinstance(contestant, tuple) else str(contestant)
+        key = {"name": title, "seed": seed, "command": " ".join(command.arguments)}
         row = {"name": contestant, "seed": seed, "failed": ""}
         if known := find_kept(kept, key):
             return row | known
@@ -154,7 +155,7 @@ def play(
                 keep(kept, key, reached)
         except (ValueError, LookupError) as error:
             row["failed"] = words = f"FAILED: {error}"
-        print(f"{contestant}, seed {seed}: {words}", file=sys.stderr, flush=True)
+        print(f"{title}, seed {seed}: {words}", file=sys.stderr, flush=True)
         return row
 
     def wait_for(arguments: list[str], directory: Path, folder: Path) -> float:
