@@ -16,8 +16,8 @@ zoo's settings for CartPole.
 
 Every run has a process of its own, one after the other, and the contestants take turns. torch runs with one thread in
 every process; with the first seed SB3 runs with torch's default number of threads too, and the faster of the two goes
-on. PFRL has the networks and hyperparameters of `a3c.py`. Ratios are of runs with the same seed. What is kept in
-experiments/results/ is not run again. A run that fails is left out and reported, and the exit code is 1.
+on. PFRL has the networks and hyperparameters of `a3c.py`. Ratios are of runs with the same seed. A run that fails is
+left out and reported, and the exit code is 1.
 """
 
 import sys
@@ -38,8 +38,6 @@ SB3 = {"SB3 A2C, 8 environments": 1, "SB3 A2C, 8 environments, default threads":
 
 @dataclass
 class Args(tools.Options):
-    seeds: tuple[int, ...] = tuple(range(1, 11))
-    """one run of each for every seed"""
     speed_steps: int = 100_000
     """steps of each run that measures steps per second"""
     budget: int = 500_000

@@ -20,7 +20,7 @@ which favours DQN.
 
 Every run has a process of its own, one after the other, and the contestants take turns. SB3 runs with one torch thread;
 with the first seed it runs with torch's default number of threads too, and the faster goes on. Ratios are of runs with
-the same seed. What is kept in experiments/results/ is not run again. A run that fails is left out and reported, and the
+the same seed. A run that fails is left out and reported, and the
 exit code is 1.
 """
 
@@ -44,8 +44,6 @@ DQNS = {"SB3 DQN": 1, "SB3 DQN, default threads": 0}
 
 @dataclass
 class Args(tools.Options):
-    seeds: tuple[int, ...] = tuple(range(1, 11))
-    """one run of each for every seed"""
     only: Literal["speed", "learning"] | None = None
     """make this part of the comparison alone"""
     speed_steps: int = 100_000

@@ -41,12 +41,14 @@ PROCESSES, CLUSTER, LAG = "a3c.py", "cluster_a3c.py", "cluster_a3c.py --lag 1"
 
 @dataclass
 class Args(tools.Options):
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """one run of each for every seed"""
     only: Literal["calls", "speed", "cartpole", "kills", "sweep", "staleness"] | None = None
     """run this part alone"""
     env_id: str = "CartPole-v1"
-    """of `staleness`"""
+    """environment of the part `staleness`"""
     scale: float = 1.0
-    """of the steps of all runs; less is a trial"""
+    """factor of the steps of all runs; less than 1 is a trial"""
 
 
 def breakout_flags(steps: float) -> str:
@@ -75,6 +77,7 @@ def measure_calls(args: Args) -> None:
         rates = ray.get([call.remote(server, index, size, 10.0 * args.scale) for index in range(workers)])
         rows.setdefault(f"{size:,}", {})[f"{workers} worker{'s' * (workers > 1)}"] = sum(rates)
         ray.kill(server)
+    ray.shutdown()
     tools.print_table("numbers in theta: calls per second", pd.DataFrame(rows).T)
 
 
@@ -141,7 +144,7 @@ def compare_sweep(args: Args) -> pd.DataFrame:
     flags = f"--num-workers 1 --total-timesteps {50_000 * args.scale:.0f} --eval-episodes 1"
     grid = flags.replace("--", "").replace("-", "_").split()
     grid = [f"{name}={value}" for name, value in zip(grid[::2], grid[1::2], strict=True)]
-    one = f"OMP_NUM_THREADS=1 $PYTHON a3c.py {flags} --seed {{}} --log-dir {{folder}} > /dev/null"
+    one = f"OMP_NUM_THREADS=1 $PYTHON a3c.py {flags} --seed {{}} --log-dir {{folder}}/runs > /dev/null"
     with_xargs = f"os.system('seq 1 20 | xargs -P 2 -I{{}} sh -c \"{one}\"')"
     with_xargs = f"import os, sys; os.environ['PYTHON'] = sys.executable; sys.exit({with_xargs} > 0)"
     sweep = ["experiments/sweep.py", "a3c.py", "--seeds", "1-20", "--log-dir", "{folder}", "--grid", *grid]
@@ -149,7 +152,12 @@ def compare_sweep(args: Args) -> pd.DataFrame:
         "xargs -P 2": tools.Command(["-c", with_xargs], tools.ROOT),
         "sweep.py": tools.Command(sweep, tools.ROOT),
     }
-    read = lambda folder: {"runs": float(len([*folder.rglob("evaluation.json")]))}  # noqa: E731
+
+    def read(folder: Path) -> dict:
+        if (number := len([*folder.rglob("evaluation.json")])) != 20:
+            raise ValueError(f"{number} of 20 runs have ended")
+        return {}
+
     runs = tools.play(contestants, read, args, "cluster")
     tools.print_table("seconds for 20 runs", tools.spread(runs, "wall_seconds"))
     tools.print_table("ratio", tools.ratios(runs, "wall_seconds", "sweep.py", ["xargs -P 2"]))
@@ -171,7 +179,7 @@ def compare_staleness(args: Args) -> pd.DataFrame:
     runs[["workers", "lag"]] = runs["name"].tolist()
     table = runs.groupby(["workers", "lag"])[tools.RETURN].agg(["median", "min", "max"]).reset_index()
     table.insert(2, "updates in between", table["workers"] * (table["lag"] + 1) - 1)
-    tools.print_table(f"{args.env_id}: {tools.RETURN}", table)
+    tools.print_table(f"{args.env_id}, {tools.RETURN}: workers", table.set_index("workers"))
     return runs
 
 
@@ -183,7 +191,7 @@ def main(args: Args) -> int:
         "sweep": compare_sweep,
         "staleness": compare_staleness,
     }
-    if args.only in (None, "calls"):
+    if args.only in (None, "calls") and not args.draw_only:
         measure_calls(args)
     runs = [play(args) for part, play in parts.items() if args.only in (None, part)]
     return tools.finish(*runs) if runs else 0

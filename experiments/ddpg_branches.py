@@ -12,8 +12,8 @@ leaves some out). `--seeds 21 --total-timesteps 1500` is a trial.
 
 The table has the greedy return, a mean over 20 episodes after training, and the return of training, the mean of the
 episodes that end in the last fifth of the steps: mean over the seeds with its 95 % bootstrap interval, and all of them.
-The picture, docs/ddpg_branches.png, shows the returns of training episodes. What is kept in experiments/results/ is not
-run again. A run that fails is left out and reported, and the exit code is 1.
+The picture, docs/ddpg_branches.png, shows the returns of training episodes. A run that fails is left out and reported,
+and the exit code is 1.
 """
 
 import sys
@@ -80,6 +80,8 @@ def main(args: Args) -> int:
         rows = {}
         for number, branch in enumerate(panel.branches):
             group = runs[(runs["name"] == f"{title}, {branch}") & (runs["failed"] == "")]
+            if group.empty:
+                continue
             color = f"C{[*BRANCHES].index(branch) if branch in BRANCHES else number + 3}"
             tools.draw_curves(axes, group["curve"].tolist(), color, branch)
             rows[branch] = {kind: tools.with_interval(group[kind].tolist()) for kind in (tools.RETURN, TRAINING_RETURN)}
@@ -87,7 +89,7 @@ def main(args: Args) -> int:
         axes.legend(fontsize="small")
         tools.print_table(f"{title}, {steps:,} steps", pd.DataFrame(rows).T)
         parts.append(runs)
-    tools.save_figure(figure, "ddpg_branches.png")
+    tools.save_figure(figure, "ddpg_branches.png", args.results)
     return tools.finish(*parts)
 
 

@@ -18,7 +18,7 @@ ddpg.py runs with `--num-threads 2`; SB3 has one torch thread and, with the firs
 which the faster goes on and is compared.
 
 Every run has a process of its own. `--parallel` of them go at once, each with one torch thread, but where speed is
-measured, which is one after the other. What is kept in experiments/results/ is not run again. A run that fails is
+measured, which is one after the other. A run that fails is
 reported, and the exit code is 1.
 """
 
@@ -50,14 +50,12 @@ RANDOM_STEPS = 1_000  # of "speed", before those that count: an episode
 
 @dataclass
 class Args(tools.Options):
-    seeds: tuple[int, ...] = tuple(range(1, 11))
-    """one run of each for every seed"""
     only: Literal["pendulum", "speed", "halfcheetah"] | None = None
     """run this part alone"""
     steps: int | None = None
-    """for a trial: steps of each run but those of "speed", half of them random"""
+    """for a trial: steps of each run that is not timed; half of them are random"""
     speed_steps: int = 4_000
-    """steps of each run of "speed" that count, episodes of 1,000"""
+    """timed steps of a run; an episode has 1,000"""
 
 
 class PeerCritic(nn.Module):

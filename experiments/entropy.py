@@ -6,8 +6,8 @@
 
 A quarter of an hour on two cores for CartPole-v1; `--seeds 21 --total-timesteps 20000` is a trial. Every run is a3c.py
 with 8 workers and its defaults but --ent-coef. The table has the greedy return, a mean over 20 episodes after training.
-The picture, docs/entropy.png, shows the policy's entropy and the returns of training episodes. What is kept in
-experiments/results/ is not run again. A run that fails is left out and reported, and the exit code is 1.
+The picture, docs/entropy_CartPole-v1.png, shows the policy's entropy and the returns of training episodes. A run that
+fails is left out and reported, and the exit code is 1.
 """
 
 import sys
@@ -22,8 +22,6 @@ BETAS = (0.0, 0.001, 0.01, 0.1)
 
 @dataclass
 class Args(tools.Options):
-    seeds: tuple[int, ...] = tuple(range(1, 11))
-    """one run of each for every seed"""
     env_id: str = "CartPole-v1"
     """environment"""
     total_timesteps: int = 200_000
@@ -33,25 +31,23 @@ class Args(tools.Options):
 def main(args: Args) -> int:
     def read(folder: Path) -> dict:
         metrics = tools.read_table(folder, "metrics").rename(columns={"entropy": "return"})
-        curves = [
-            tools.curve(table, args.total_timesteps, 40) for table in (tools.read_table(folder, "episodes"), metrics)
-        ]
-        curve = pd.merge(curves[0], curves[1][["part", "return"]].rename(columns={"return": "entropy"}), on="part")
-        return tools.read_return(folder) | {"curve": curve}
+        metrics["step"] -= metrics["step"].diff().fillna(metrics["step"]) / 2  # a row is a mean since the row before
+        kinds = {"return": tools.read_table(folder, "episodes"), "entropy": metrics}
+        curves = [tools.curve(table, args.total_timesteps, 40).assign(kind=kind) for kind, table in kinds.items()]
+        return tools.read_return(folder) | {"curve": pd.concat(curves)}
 
     flags = f"--env-id={args.env_id} --num-workers=8 --total-timesteps={args.total_timesteps}"
     contestants = {f"beta {beta:g}": tools.script("a3c.py", f"{flags} --ent-coef={beta:g}") for beta in BETAS}
     runs = tools.play(contestants, read, args, "entropy")
     tools.print_table(f"{args.env_id}, {tools.RETURN}", tools.spread(runs, tools.RETURN))
     figure, ((left, right),) = tools.new_figure(1, 2, width=10)
-    for number, (name, group) in enumerate(runs[runs["failed"] == ""].groupby("name", sort=False)):
-        entropies = [curve.assign(**{"return": curve["entropy"]}) for curve in group["curve"]]
-        tools.draw_curves(left, entropies, f"C{number}", name)
-        tools.draw_curves(right, group["curve"].tolist(), f"C{number}", name)
+    for number, (name, group) in enumerate(tools.succeeded(runs).groupby("name", sort=False)):
+        for axes, kind in ((left, "entropy"), (right, "return")):
+            tools.draw_curves(axes, [curve[curve["kind"] == kind] for curve in group["curve"]], f"C{number}", name)
     left.set(xlabel="environment steps", ylabel="entropy of the policy", title=args.env_id)
     right.set(xlabel="environment steps", ylabel="training return", title=args.env_id)
     right.legend()
-    tools.save_figure(figure, "entropy.png")
+    tools.save_figure(figure, f"entropy_{args.env_id}.png", args.results)
     return tools.finish(runs)
 
 

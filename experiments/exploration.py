@@ -7,14 +7,13 @@ Half an hour on two cores; `--seeds 21 --total-timesteps 20000` is a trial. Ever
 CartPole-v1 with 8 workers, whose epsilons end at 0.1, 0.01 or 0.5, or all at one of these. The table has the greedy
 return, a mean over 20 episodes after training, and the seconds and steps until the greedy policy first reached 400, by
 its checkpoints. The picture, docs/exploration.png, shows on the left the epsilon of each worker over the steps, from
-the args.json of a run, and on the right the returns of the first worker's training episodes. What is kept in
-experiments/results/ is not run again. A run that fails is left out and reported, and the exit code is 1.
+the args.json of a run, and on the right the returns of the first worker's training episodes. A run that fails is left
+out and reported, and the exit code is 1.
 """
 
 import json
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,8 @@ from greedy import read_learning
 
 import async_qlearning
 
-BRANCHES = {"0.1, 0.01, 0.5 (the paper's)": ""}
+PAPER = "0.1, 0.01, 0.5 (the paper's)"
+BRANCHES = {PAPER: ""}
 BRANCHES |= {
     f"{epsilon} for all": f"--final-epsilons {epsilon} --final-epsilon-probs 1" for epsilon in (0.1, 0.01, 0.5)
 }
@@ -31,8 +31,6 @@ BRANCHES |= {
 
 @dataclass
 class Args(tools.Options):
-    seeds: tuple[int, ...] = tuple(range(1, 11))
-    """one run of each for every seed"""
     total_timesteps: int = 500_000
     """steps of each run"""
 
@@ -53,8 +51,7 @@ def main(args: Args) -> int:
         episodes = tools.read_table(folder, "episodes")
         epsilons = json.loads(tools.find(folder, "args.json").read_text())["epsilons"]
         curve = tools.curve(episodes[episodes["worker"] == 0], args.total_timesteps, points=50)
-        times = partial(read_learning, target=400.0)(folder)
-        return tools.read_return(folder) | times | {"curve": curve, "epsilons": json.dumps(epsilons)}
+        return read_learning(folder, target=400.0) | {"curve": curve, "epsilons": json.dumps(epsilons)}
 
     contestants = {
         name: tools.script("async_qlearning.py", f"--num-workers=8 --total-timesteps={args.total_timesteps} {flags}")
@@ -64,13 +61,14 @@ def main(args: Args) -> int:
     for measure in (tools.RETURN, tools.SECONDS_TO_TARGET, tools.STEPS_TO_TARGET):
         tools.print_table(measure, tools.spread(runs, measure))
     figure, ((left, right),) = tools.new_figure(1, 2, width=10)
-    learned = runs[runs["failed"] == ""]
-    draw_schedule(left, json.loads(learned["epsilons"].iloc[0]), args)
+    learned = tools.succeeded(runs)
+    for epsilons in learned.loc[learned["name"] == PAPER, "epsilons"].head(1):
+        draw_schedule(left, json.loads(epsilons), args)
     for number, (name, group) in enumerate(learned.groupby("name", sort=False)):
         tools.draw_curves(right, group["curve"].tolist(), f"C{number}", name)
     right.set(xlabel="environment steps", ylabel="return of the first worker", title="CartPole-v1")
     right.legend(fontsize="small")
-    tools.save_figure(figure, "exploration.png")
+    tools.save_figure(figure, "exploration.png", args.results)
     return tools.finish(runs)
 
 

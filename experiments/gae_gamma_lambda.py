@@ -8,7 +8,7 @@ cart-pole task after 20 iterations and has its best results where both are inter
 its defaults but gamma and lambda, on CartPole-v1, for 40,000 steps, which are 20 batches. It has two results: the mean
 return of the training episodes that end in the last fifth of the steps, how good it has become, and of all its
 episodes, how soon. The tables and the heat maps, docs/gae_gamma_lambda.png, have the means over the seeds; the last
-table has the best fields with their intervals. What is kept in experiments/results/ is not run again. A run that fails
+table has the best fields with their intervals. A run that fails
 is left out and reported, and the exit code is 1.
 """
 
@@ -40,7 +40,7 @@ class Args(tools.Options):
     """columns of the grid"""
 
 
-def draw(tables: dict[str, pd.DataFrame], title: str) -> None:
+def draw(tables: dict[str, pd.DataFrame], title: str, args: Args) -> None:
     """A heat map for each table, brighter where the return is higher, with every number in its field."""
     figure, panels = tools.new_figure(len(tables), 1, height=4 * len(tables))
     figure.suptitle(title)
@@ -54,7 +54,7 @@ def draw(tables: dict[str, pd.DataFrame], title: str) -> None:
                 color = "black" if image.norm(value) > 0.5 else "white"
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=color)
         figure.colorbar(image, label="mean return")
-    tools.save_figure(figure, "gae_gamma_lambda.png")
+    tools.save_figure(figure, "gae_gamma_lambda.png", args.results)
 
 
 def main(args: Args) -> int:
@@ -67,18 +67,19 @@ def main(args: Args) -> int:
         (gamma, lambda_): tools.script("gae.py", f"{common} --gamma={gamma} --gae-lambda={lambda_}")
         for gamma, lambda_ in product(args.gammas, args.lambdas)
     }
-    runs = tools.play(contestants, read, args, "gae_gamma_lambda", args.parallel)
+    all_runs = tools.play(contestants, read, args, "gae_gamma_lambda", args.parallel)
+    runs = tools.succeeded(all_runs).copy()
     runs[["gamma", "lambda"]] = [(f"{gamma:g}", f"{lambda_:g}") for gamma, lambda_ in runs["name"]]
     tables = {name: runs.pivot_table(name, "gamma", "lambda", sort=False) for name in (LAST, ALL)}
-    title = f"{args.env_id}, {args.total_timesteps:,} steps, mean return of {len(args.seeds)} runs"
+    title = f"{args.env_id}, {args.total_timesteps:,} steps, mean return of {runs['seed'].nunique()} runs"
     print(f"{title}\n")
     for name, table in tables.items():
         print(f"{name}:\n")
         tools.print_table("gamma \\ lambda", table)
     best = tools.spread(runs, ALL).nlargest(8, "mean")
     tools.print_table(f"gamma and lambda, {ALL}", best)
-    draw(tables, title)
-    return tools.finish(runs)
+    draw(tables, title, args)
+    return tools.finish(all_runs)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ is TRPO's, too: SB3 takes the mean over the dimensions where the divergence is t
 Every run has a process of its own, and the contestants take turns. Runs on CartPole-v1 come one after the other; SB3
 has one torch thread and, with the first seed, torch's default number too, of which the faster goes on. For MuJoCo,
 where no time is measured, all have one thread and `--parallel` runs go at once. Ratios are of runs with the same seed.
-What is kept in experiments/results/ is not run again. A run that fails is reported, and the exit code is 1.
+A run that fails is reported, and the exit code is 1.
 """
 
 import sys
@@ -51,8 +51,6 @@ PEERS |= {SMALL: {"algorithm": "TRPO", "n_steps": 128}}
 
 @dataclass
 class Args(tools.Options):
-    seeds: tuple[int, ...] = tuple(range(1, 11))
-    """one run of each for every seed"""
     only: Literal["cartpole", "mujoco"] | None = None
     """run this part alone"""
     speed_steps: int = 100_000

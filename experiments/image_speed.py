@@ -10,8 +10,8 @@ also the emulator alone, with random actions and without a network, in two proce
 
 The rate is that of the episodes of `tools.read_speed`; the emulator's is of all its steps. A segment of A3C ends where
 an episode does, so that a policy which soon loses needs more updates for as many steps; that of A2C does not. Every run
-has a process of its own, one after the other, and the contestants take turns. Ratios are of runs with the same seed.
-What is kept in experiments/results/ is not run again. A run that fails is reported, and the exit code is 1.
+has a process of its own, one after the other, and the contestants take turns. Ratios are of runs with the same seed. A
+run that fails is reported, and the exit code is 1.
 """
 
 import sys
@@ -35,6 +35,8 @@ OURS, SB3, PFRL, EMULATOR = "a3c.py, 2 workers", "SB3 A2C, 8 environments", "PFR
 
 @dataclass
 class Args(tools.Options):
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """one run of each for every seed"""
     only: Literal["breakout", "pong"] | None = None
     """measure this game alone"""
     steps: int = 200_000
@@ -56,7 +58,7 @@ def play_at_random(env_id: str, steps: int, seed: int) -> tuple[float, float]:
 
 
 def emulate(env_id: str, steps: int, seed: int, folder: Path) -> None:
-    """Two processes that play at random. Writes speed.csv: the rate while both do."""
+    """Two processes that play at random. Writes speed.csv: the sum of their rates."""
     with ProcessPoolExecutor(2) as pool:
         times = list(pool.map(play_at_random, [env_id] * 2, [steps // 2] * 2, [seed, seed + 1000]))
     rate = sum(steps // 2 / (end - start) for start, end in times)

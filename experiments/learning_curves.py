@@ -9,7 +9,7 @@ docs/learning_curves.png, shows the return of training episodes, exploration inc
 workers: a thin line for each seed, and their mean thick with its interval.
 
 Workers are processes, so runs of a3c.py and async_qlearning.py go one after the other; of gae.py and ddpg.py
-`--parallel` go at once. What is kept in experiments/results/ is not run again. A run that fails is left out and
+`--parallel` go at once. A run that fails is left out and
 reported, and the exit code is 1.
 """
 
@@ -31,8 +31,7 @@ PANELS = {  # environment, goal, and runs with their flags, by script
 
 @dataclass
 class Args(tools.Options):
-    seeds: tuple[int, ...] = tuple(range(1, 11))
-    """one run of each for every seed"""
+    pass
 
 
 def main(args: Args) -> int:
@@ -58,7 +57,7 @@ def main(args: Args) -> int:
         axes.xaxis.set_major_formatter("{x:,.0f}")
         if len(runs) > 1:
             axes.legend(loc="lower right")
-    tools.save_figure(figure, "learning_curves.png")
+    tools.save_figure(figure, "learning_curves.png", args.results)
     tools.print_table(f"defaults of: {tools.RETURN}", pd.concat(tables))
     return tools.finish(*parts)
 

@@ -1,7 +1,8 @@
 """The peers that the scripts are compared with: Stable-Baselines3, sb3-contrib and PFRL, a function for each kind.
 
 `tools.call` runs a function in a process of its own. It writes into `folder` what experiments read of a script, too:
-episodes.csv with step, time and return, metrics.csv with the last step and its time, and evaluation.json.
+episodes.csv with step, time and return. SB3's also write metrics.csv with the last step and its time, and
+evaluation.json if they are to be evaluated.
 """
 
 import importlib
@@ -76,7 +77,7 @@ def train_sb3(
     eval_episodes: int = 0,
     **settings,
 ) -> None:
-    """An algorithm of Stable-Baselines3 or sb3-contrib, with its zoo's settings.
+    """An algorithm of Stable-Baselines3 or sb3-contrib, with the settings of ZOO or its defaults.
 
     Args:
         threads: torch's; 0 stands for its default.
@@ -219,7 +220,8 @@ def train_pfrl(env_id: str, steps: int, seed: int, folder: Path, **settings) -> 
     optimizer = pfrl.optimizers.SharedRMSpropEpsInsideSqrt(
         model.parameters(), lr=args.learning_rate, alpha=args.rmsprop_alpha, eps=args.rmsprop_eps
     )
-    weights = {"beta": args.ent_coef, "v_loss_coef": args.vf_coef, "max_grad_norm": args.max_grad_norm}
+    # PFRL's value loss is half of the squares
+    weights = {"beta": args.ent_coef, "v_loss_coef": 2 * args.vf_coef, "max_grad_norm": args.max_grad_norm}
     agent = pfrl.agents.A3C(model, optimizer, t_max=args.t_max, gamma=args.gamma, **weights)
     seeds = [seed * 1000 + worker for worker in range(2)]
     # A process that dies would leave the other one to finish alone, and PFRL would look slow: let that fail instead.

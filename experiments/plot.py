@@ -34,7 +34,7 @@ class Args:
     x: Literal["step", "time"] = "step"
     """what to draw over: environment steps, or seconds of training"""
     points: PositiveInt = 100
-    """of a curve: each is the mean return of the episodes that end in one of so many parts of the longest run"""
+    """points of a curve, each the mean return of the episodes that end in its part of the longest run"""
     output: Path = Path("curves.png")
     """picture to write: .png, .pdf, .svg"""
 
@@ -43,6 +43,8 @@ def read_runs(folders: tuple[Path, ...]) -> pd.DataFrame:
     """A row for each run with at least one episode: `env_id`, `setting`, `episodes`."""
     rows = []
     for file in sorted({file for folder in folders for file in folder.rglob("episodes.csv")}):
+        if not (file.parent / "args.json").exists():
+            continue  # a run of another program
         args = json.loads((file.parent / "args.json").read_text())
         episodes = tools.read_table(file.parent, "episodes")
         if len(episodes):

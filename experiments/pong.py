@@ -10,6 +10,7 @@ the curve: the mean score of the last 20 training games, exploration included. I
 too (`--draw-only`).
 """
 
+import json
 import shutil
 import signal
 import subprocess
@@ -38,16 +39,21 @@ class Args:
 
 
 def keep(run: Path) -> None:
-    """Write the curve of the run, a row for each game, and what else there is to keep."""
+    """Write the curve of a run that has ended, a row for each game, and what else there is to keep."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     tools.read_table(run, "episodes").drop(columns="worker").round(1).to_csv(RESULTS / "games.csv.gz", index=False)
     for name in ("args.json", "evaluation.json", "checkpoint.pt"):
-        if (run / name).exists():
-            shutil.copy(run / name, RESULTS)
+        shutil.copy(run / name, RESULTS)
 
 
-def draw() -> None:
-    games = pd.read_csv(RESULTS / "games.csv.gz")
+def is_kept(args: Args) -> bool:
+    """Whether RESULTS has this run."""
+    file = RESULTS / "args.json"
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    return (kept.get("seed"), kept.get("total_timesteps")) == (args.seed, args.steps)
+
+
+def draw(games: pd.DataFrame) -> None:
     figure, ((over_hours, over_steps),) = tools.new_figure(1, 2)
     for axes, x, label in (
         (over_hours, games["time"] / 3600, "hours"),
@@ -65,9 +71,12 @@ def draw() -> None:
 
 
 def main(args: Args) -> int:
+    if is_kept(args):
+        draw(pd.read_csv(RESULTS / "games.csv.gz"))
+        return 0
     pattern, code = f"*__a3c__{args.seed}__*/checkpoint.pt", 0
     runs = sorted(args.log_dir.glob(pattern))
-    if not (args.draw_only or (runs and (runs[-1].parent / "evaluation.json").exists())):
+    if not args.draw_only:
         flags = [f"--resume={runs[-1].parent}"] if runs else [*SETTINGS.split(), f"--seed={args.seed}"]
         command = [sys.executable, str(tools.ROOT / "a3c.py"), *flags, f"--log-dir={args.log_dir}"]
         process = subprocess.Popen([*command, f"--total-timesteps={args.steps}"])
@@ -75,9 +84,12 @@ def main(args: Args) -> int:
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         code = process.wait()
         runs = sorted(args.log_dir.glob(pattern))
-    if runs:
+    if not runs:
+        print("There is no run yet.")
+        return code or 1
+    if code == 0 and not args.draw_only:
         keep(runs[-1].parent)
-    draw()
+    draw(tools.read_table(runs[-1].parent, "episodes"))
     return code
 
 

@@ -12,8 +12,7 @@ seconds of training until it is at least -300 and -200. Beside that stands the g
 after training. Runs go one after the other, so that seconds can be compared.
 
 The picture, docs/sample_efficiency.png, shows the returns of training episodes over the steps, on a logarithmic scale.
-What is kept in experiments/results/ is not run again. A run that fails is left out and reported, and the exit code is
-1.
+A run that fails is left out and reported, and the exit code is 1.
 """
 
 import sys
@@ -31,8 +30,6 @@ TARGETS = (-300, -200)  # mean returns of 20 training episodes
 
 @dataclass
 class Args(tools.Options):
-    seeds: tuple[int, ...] = tuple(range(1, 11))
-    """one run of each for every seed"""
     ddpg_steps: int = 10_000
     """steps of each run of ddpg.py"""
     a3c_steps: int = 1_500_000
@@ -55,7 +52,8 @@ def main(args: Args) -> int:
         name: tools.script(name, f"{flags} --env-id=Pendulum-v1 --total-timesteps={steps[name]}")
         for name, flags in FLAGS.items()
     }
-    runs = tools.play(contestants, read, args, "sample_efficiency")
+    all_runs = tools.play(contestants, read, args, "sample_efficiency")
+    runs = tools.succeeded(all_runs)
     for target in TARGETS:
         for measure in (f"{tools.STEPS_TO_TARGET} {target}", f"{tools.SECONDS_TO_TARGET} {target}"):
             tools.print_table(measure, tools.spread(runs, measure))
@@ -64,14 +62,14 @@ def main(args: Args) -> int:
     tools.print_table(tools.RETURN, tools.spread(runs, tools.RETURN))
 
     figure, ((axes,),) = tools.new_figure(1, 1, height=5)
-    for number, (name, group) in enumerate(runs[runs["failed"] == ""].groupby("name", sort=False)):
+    for number, (name, group) in enumerate(runs.groupby("name", sort=False)):
         tools.draw_curves(axes, group["curve"].tolist(), f"C{number}", f"{name}, {steps[name]:,} steps")
     for target in TARGETS:
         axes.axhline(target, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xscale="log", xlabel="environment steps", ylabel="training return", title="Pendulum-v1")
     axes.legend(loc="lower right")
-    tools.save_figure(figure, "sample_efficiency.png")
-    return tools.finish(runs)
+    tools.save_figure(figure, "sample_efficiency.png", args.results)
+    return tools.finish(all_runs)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 Some hours on two cores in all; `--only async_qlearning.py --seeds 21 --total-timesteps 5000` is a trial. Each return is
 the mean over 20 greedy episodes after training. MuJoCo's tasks take the first 5 seeds. The settings were chosen on
-other seeds. What is kept in experiments/results/ is not run again. A run that fails is left out and reported, and the
+other seeds. A run that fails is left out and reported, and the
 exit code is 1.
 """
 
@@ -43,8 +43,6 @@ SETTINGS = {
 
 @dataclass
 class Args(tools.Options):
-    seeds: tuple[int, ...] = tuple(range(1, 11))
-    """one run of each for every seed"""
     only: Literal["a3c.py", "async_qlearning.py", "gae.py", "ddpg.py"] | None = None
     """this script alone"""
     total_timesteps: int | None = None

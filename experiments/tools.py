@@ -37,6 +37,8 @@ POLL_SECONDS = 0.02  # between two looks at a run
 WINDOW = 50  # episodes whose mean return has to reach a target
 SPEED, RETURN = "steps per second", "greedy return"
 SECONDS_TO_TARGET, STEPS_TO_TARGET = "seconds to target", "steps to target"
+MEASURES = SPEED, RETURN, SECONDS_TO_TARGET, STEPS_TO_TARGET, "wall_seconds", "curve"
+NOT_RUN = "not run yet"
 PACKAGES = ("torch", "gymnasium", "numpy", "stable-baselines3", "sb3-contrib", "pfrl", "mujoco")
 
 
@@ -68,16 +70,17 @@ def start_ray(address: str | None) -> None:
 class Options:
     """Arguments of every experiment."""
 
-    seeds: tuple[int, ...] = (1, 2, 3)
+    seeds: tuple[int, ...] = tuple(range(1, 11))
     """one run of each for every seed"""
     parallel: int = 1
     """runs that go at once, where no time is measured"""
     draw_only: bool = False
     """run nothing, show what is kept"""
     results: Path = RESULTS
-    """where what each run has reached is kept; a run that is kept there is not run again"""
+    """where what each run has reached is kept; a run that is kept there is not run again. Pictures go there, too,
+    unless it is experiments/results/: then into docs/"""
     log_dir: Path = Path("runs/experiments")
-    """where the runs are kept; one that is there and has its evaluation is not run again"""
+    """where run folders go"""
 
 
 class Command(NamedTuple):
@@ -129,7 +132,8 @@ def play(
         keep_checkpoints: give each checkpoint a name that stays: 00000.pt, 00001.pt, ... in the run's folder.
 
     Returns:
-        A row for each run: name, seed, wall_seconds of the whole process, the cause if it failed, what `read` returns.
+        A row for each run: name, seed, the cause if it failed, where it ran, wall_seconds of the whole process, what
+        `read` returns.
     """
     stop, lock = threading.Event(), threading.Lock()
     kept = options.results / name
@@ -138,23 +142,23 @@ def play(
         title = ", ".join(map(str, contestant)) if isinstance(contestant, tuple) else str(contestant)
         key = {"name": title, "seed": seed, "command": " ".join(command.arguments)}
         row = {"name": contestant, "seed": seed, "failed": ""}
-        if known := find_kept(kept, key):
+        with lock:
+            known = find_kept(kept, key)
+        if known:
             return row | known
         if options.draw_only:
-            return row | {"failed": "not run yet"}
+            return row | {"failed": NOT_RUN}
         try:
-            reached = {"wall_seconds": np.nan}
-            if not list(folder.glob("*/evaluation.json")):
-                shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run has left
-                folder.mkdir(parents=True)
-                reached["wall_seconds"] = wait_for(arguments, command.directory, folder)
+            shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run has left
+            folder.mkdir(parents=True)
+            reached = {"where": where(), "wall_seconds": wait_for(arguments, command.directory, folder)}
             reached |= read(folder)
             words = ", ".join(f"{key} {cell(value)}" for key, value in reached.items() if isinstance(value, float))
             row |= reached
             with lock:
                 keep(kept, key, reached)
-        except (ValueError, LookupError) as error:
-            row["failed"] = words = f"FAILED: {error}"
+        except Exception as error:  # the other runs go on
+            row["failed"] = words = f"FAILED: {error or type(error).__name__}"
         print(f"{title}, seed {seed}: {words}", file=sys.stderr, flush=True)
         return row
 
@@ -197,9 +201,15 @@ def play(
         finally:
             stop.set()
     runs = pd.DataFrame(rows)
-    if runs["failed"].all():
-        sys.exit("No run is kept." if options.draw_only else "Every run has failed.")
-    return runs
+    return runs.reindex(columns=[*runs.columns, *(measure for measure in MEASURES if measure not in runs)])
+
+
+def succeeded(runs: pd.DataFrame) -> pd.DataFrame:
+    """Those that have not failed. SystemExit: there are none."""
+    if (runs["failed"] != "").all():
+        finish(runs)
+        sys.exit(1)
+    return runs[runs["failed"] == ""]
 
 
 def find_kept(folder: Path, key: dict) -> dict:
@@ -216,13 +226,15 @@ def find_kept(folder: Path, key: dict) -> dict:
 
 def keep(folder: Path, key: dict, reached: dict) -> None:
     """Add a row to runs.csv in `folder`. A curve goes into a file of its own, whose name takes its place."""
-    row = key | reached
+    row, table = key | reached, folder / "runs.csv"
     folder.mkdir(parents=True, exist_ok=True)
     if "curve" in row:
-        row["curve"] = re.sub(r"[^\w.=-]+", "-", f"{key['name']}_{key['seed']}.csv")
+        words = re.sub(r"[^\w.=-]+", "-", f"{key['name']}_{key['seed']}")
+        row["curve"] = f"{words}_{zlib.crc32(key['command'].encode()):08x}.csv"
         reached["curve"].round(3).to_csv(folder / row["curve"], index=False)
-    runs = [pd.read_csv(folder / "runs.csv")] if (folder / "runs.csv").exists() else []
-    pd.concat([*runs, pd.DataFrame([row])]).to_csv(folder / "runs.csv", index=False)
+    runs = [pd.read_csv(table)] if table.exists() else []
+    pd.concat([*runs, pd.DataFrame([row])]).to_csv(f"{table}.tmp", index=False)
+    os.replace(f"{table}.tmp", table)  # a crash leaves the old one whole
 
 
 def play_with_rivals(
@@ -362,17 +374,26 @@ def print_table(title: str, table: pd.DataFrame) -> None:
     print("\n".join(lines) + "\n", flush=True)
 
 
-def finish(*parts: pd.DataFrame) -> int:
-    """Say where the runs ran and which have failed. Returns the exit code."""
-    runs, versions = pd.concat(parts), []
+def where() -> str:
+    """Versions and cores."""
+    versions = [f"Python {sys.version.split()[0]}"]
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions.append(f"{package} {version(package)}")
-    print(f"Python {sys.version.split()[0]}, {', '.join(versions)}; {os.cpu_count()} cores.")
-    failed = runs[runs["failed"] != ""]
+    return f"{', '.join(versions)}; {os.cpu_count()} cores"
+
+
+def finish(*parts: pd.DataFrame) -> int:
+    """Say where the runs ran, which have failed and how many are missing. Returns the exit code."""
+    runs = pd.concat(parts)
+    for place in runs.get("where", pd.Series()).dropna().unique():
+        print(place)
+    missing, failed = runs[runs["failed"] == NOT_RUN], runs[~runs["failed"].isin(["", NOT_RUN])]
     for name, seed, cause in failed[["name", "seed", "failed"]].itertuples(index=False):
         print(f"{name}, seed {seed}: {cause}")
     print(f"{len(failed)} of {len(runs)} runs have failed.")
+    if len(missing):
+        print(f"{len(missing)} have not been run yet.")
     return int(len(failed) > 0)
 
 
@@ -396,8 +417,10 @@ def draw_curves(axes, curves: list[pd.DataFrame], color: str, label: str, x: str
     """
     for one in curves:
         axes.plot(one[x] / scale, one["return"], color=color, linewidth=0.6, alpha=0.5)
+    if not curves:
+        return
     together = pd.concat([one.set_index("part")[[x, "return"]] for one in curves], axis=1).dropna()
-    position, returns = together[x].T.mean() / scale, together["return"].to_numpy().T
+    position, returns = together[[x]].mean(axis=1) / scale, together[["return"]].to_numpy().T
     axes.plot(position, returns.mean(axis=0), color=color, linewidth=2, label=label)
     if len(curves) > 1:
         options = {"method": "percentile", "n_resamples": 1000, "rng": 0, "axis": 0}
@@ -406,10 +429,12 @@ def draw_curves(axes, curves: list[pd.DataFrame], color: str, label: str, x: str
     axes.grid(alpha=0.3)
 
 
-def save_figure(figure, name: str) -> None:
-    """Write the picture into docs/, with few colours so that the file is small."""
+def save_figure(figure, name: str, results: Path = RESULTS) -> None:
+    """Write the picture into docs/, or into another folder of `results`, with few colours so that the file is small."""
     from PIL import Image
 
     figure.canvas.draw()
     image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-    image.quantize(128, dither=Image.Dither.NONE).save(ROOT / "docs" / name, optimize=True)
+    image.quantize(128, dither=Image.Dither.NONE).save(
+        (ROOT / "docs" if results == RESULTS else results) / name, optimize=True
+    )
