@@ -89,6 +89,7 @@ def main(args: Args) -> int:
         axes.legend(fontsize="small")
         tools.print_table(f"{title}, {steps:,} steps", pd.DataFrame(rows).T)
         parts.append(runs)
+    tools.succeeded(pd.concat(parts))
     tools.save_figure(figure, "ddpg_branches.png", args.results)
     return tools.finish(*parts)
 

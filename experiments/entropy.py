@@ -47,7 +47,7 @@ def main(args: Args) -> int:
     left.set(xlabel="environment steps", ylabel="entropy of the policy", title=args.env_id)
     right.set(xlabel="environment steps", ylabel="training return", title=args.env_id)
     right.legend()
-    tools.save_figure(figure, f"entropy_{args.env_id}.png", args.results)
+    tools.save_figure(figure, f"entropy_{args.env_id.replace('/', '-')}.png", args.results)
     return tools.finish(runs)
 
 

@@ -57,6 +57,7 @@ def main(args: Args) -> int:
         axes.xaxis.set_major_formatter("{x:,.0f}")
         if len(runs) > 1:
             axes.legend(loc="lower right")
+    tools.succeeded(pd.concat(parts))
     tools.save_figure(figure, "learning_curves.png", args.results)
     tools.print_table(f"defaults of: {tools.RETURN}", pd.concat(tables))
     return tools.finish(*parts)
