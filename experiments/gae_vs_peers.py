@@ -7,16 +7,19 @@
 About half an hour on two idle cores for "cartpole" and an hour for "mujoco"; without `--only` both parts run.
 `--seeds 21 --speed-steps 20000 --budget 20000 --mujoco-steps 4096` is a trial of two minutes.
 
-"cartpole": everyone has 8 environments. `gae.py` and TRPO run with their defaults, of which TRPO's are to gather 2,048
-steps of each environment between two updates; it also runs with 128. PPO runs with its zoo's settings for CartPole-v1.
+"cartpole": `gae.py` and TRPO run with their defaults and 8 environments; TRPO gathers 2,048 steps of each environment
+between two updates. TRPO also runs with its zoo's settings for CartPole-v1, which have 2 environments, and PPO with its
+own, which have 8.
 
 Speed: steps per second of the whole training, over the same number of steps for everyone but for whole batches.
 Learning: seconds and steps from the start of training, imports not counted, until the last 50 training episodes have a
 mean return of 475. PPO has the 100,000 steps that its settings are for.
 
 "mujoco": mean return of the greedy policy over 20 episodes after training on Hopper-v5 and HalfCheetah-v5, all
-evaluated by the same function and from the same initial states. SB3 runs with its defaults: one environment, with its
-observations and rewards as they are. gae.py fits its value function as SB3's TRPO does, in 10 epochs of minibatches of
+evaluated by the same function and from the same initial states. SB3 runs with its defaults (one environment, with its
+observations and rewards as they are) and with its zoo's settings for these tasks.
+
+gae.py fits its value function as SB3's TRPO does, in 10 epochs of minibatches of
 128 with a learning rate of 0.001, and has a bound on the KL divergence of 0.01 for each dimension of the actions, which
 is TRPO's, too: SB3 takes the mean over the dimensions where the divergence is their sum.
 
@@ -41,12 +44,14 @@ import gae
 MUJOCO_FLAGS = "--vf-epochs 10 --minibatch-size 128 --learning-rate 1e-3"  # of gae.py, whose defaults are CartPole-v1's
 MUJOCO = {"Hopper-v5": f"{MUJOCO_FLAGS} --max-kl 0.03", "HalfCheetah-v5": f"{MUJOCO_FLAGS} --max-kl 0.06"}
 PPO_STEPS = 100_000  # of its zoo's settings for CartPole-v1
-OURS, SMALL = "gae.py", "SB3 TRPO, batches of 1,024"
+OURS, TUNED = "gae.py", "SB3 TRPO, zoo"
 TRPOS = {"SB3 TRPO": 1, "SB3 TRPO, default threads": 0}  # torch's threads, 0: its default
 PPOS = {"SB3 PPO": 1, "SB3 PPO, default threads": 0}
-PEERS = {name: {"algorithm": "TRPO", "threads": threads} for name, threads in TRPOS.items()}
+PEERS = {
+    name: {"algorithm": "TRPO", "zoo": False, "num_envs": 8, "threads": threads} for name, threads in TRPOS.items()
+}
 PEERS |= {name: {"algorithm": "PPO", "threads": threads} for name, threads in PPOS.items()}
-PEERS |= {SMALL: {"algorithm": "TRPO", "n_steps": 128}}
+PEERS |= {TUNED: {"algorithm": "TRPO"}}
 
 
 @dataclass
@@ -75,22 +80,22 @@ def compare_on_cartpole(args: Args) -> list[pd.DataFrame]:
     def ours(steps: int) -> tools.Command:
         return tools.script("gae.py", f"--num-envs=8 --total-timesteps={steps} --eval-episodes=0")
 
-    peer = partial(tools.call, peers.train_sb3, env_id="CartPole-v1", num_envs=8)
+    peer = partial(tools.call, peers.train_sb3, env_id="CartPole-v1")
     contestants = {OURS: ours(args.speed_steps)}
     contestants |= {name: peer(steps=args.speed_steps, **own) for name, own in PEERS.items()}
     rivals = [list(TRPOS), list(PPOS)]
     speed, (trpo, ppo) = tools.play_with_rivals(contestants, read_whole_speed, args, "gae_speed", rivals)
     tools.print_table(tools.SPEED, tools.spread(speed, tools.SPEED))
-    tools.print_table(f"ratio of {tools.SPEED}", tools.ratios(speed, tools.SPEED, OURS, [trpo, SMALL, ppo]))
+    tools.print_table(f"ratio of {tools.SPEED}", tools.ratios(speed, tools.SPEED, OURS, [trpo, TUNED, ppo]))
 
     contestants = {OURS: ours(min(args.budget, gae.Args.total_timesteps))}
-    for name, budget in {trpo: args.budget, SMALL: args.budget, ppo: min(args.budget, PPO_STEPS)}.items():
+    for name, budget in {trpo: args.budget, TUNED: args.budget, ppo: min(args.budget, PPO_STEPS)}.items():
         contestants[name] = peer(steps=budget, stop_at=args.target, **PEERS[name])
     read = partial(tools.read_time_to_target, target=args.target)
     learning = tools.play(contestants, read, args, "gae_learning")
     for measure in (tools.SECONDS_TO_TARGET, tools.STEPS_TO_TARGET):
         tools.print_table(measure, tools.spread(learning, measure))
-        ratios = [tools.ratios(learning, measure, rival, [OURS]) for rival in (trpo, SMALL, ppo)]
+        ratios = [tools.ratios(learning, measure, rival, [OURS]) for rival in (trpo, TUNED, ppo)]
         tools.print_table(f"ratio of {measure}", pd.concat(ratios))
     return [speed, learning]
 
@@ -101,7 +106,9 @@ def compare_on_mujoco(args: Args) -> list[pd.DataFrame]:
     for env_id, flags in MUJOCO.items():
         contestants = {OURS: tools.script("gae.py", f"{flags} --env-id={env_id} --total-timesteps={args.mujoco_steps}")}
         peer = partial(tools.call, peers.train_sb3, env_id=env_id, steps=args.mujoco_steps, eval_episodes=20)
-        contestants |= {f"SB3 {algorithm}": peer(algorithm=algorithm) for algorithm in ("TRPO", "PPO")}
+        for algorithm in ("TRPO", "PPO"):
+            contestants[f"SB3 {algorithm}"] = peer(algorithm=algorithm, zoo=False)
+            contestants[f"SB3 {algorithm}, zoo"] = peer(algorithm=algorithm)
         parts.append(tools.play(contestants, tools.read_return, args, "gae_mujoco", args.parallel))
         tools.print_table(f"{env_id}, {tools.RETURN}", tools.spread(parts[-1], tools.RETURN))
     return parts

@@ -24,6 +24,10 @@ import ddpg
 from common.evaluation import evaluate
 
 MODULES = dict.fromkeys(("A2C", "DQN", "DDPG", "PPO"), "stable_baselines3") | {"TRPO": "sb3_contrib"}
+TRPO = {"num_envs": 2, "learning_rate": 1e-3, "n_critic_updates": 20}
+MUJOCO_TRPO = TRPO | {"normalize": True, "n_steps": 1024, "cg_max_steps": 25}
+MUJOCO_NETWORK = {"log_std_init": -2, "ortho_init": False, "activation_fn": nn.ReLU, "net_arch": [256, 256]}
+MUJOCO_PPO = {"normalize": True, "n_steps": 512, "policy_kwargs": MUJOCO_NETWORK}
 # rl-baselines3-zoo, hyperparams/*.yml; an algorithm that is not here has SB3's defaults
 ZOO = {
     "DQN on CartPole-v1": {
@@ -40,6 +44,7 @@ ZOO = {
         "exploration_final_eps": 0.04,
     },
     "PPO on CartPole-v1": {
+        "num_envs": 8,
         "n_steps": 32,
         "batch_size": 256,
         "n_epochs": 20,
@@ -48,6 +53,31 @@ ZOO = {
         "ent_coef": 0.0,
         "learning_rate": lambda left: left * 1e-3,  # left goes from 1 to 0
         "clip_range": lambda left: left * 0.2,
+    },
+    "TRPO on CartPole-v1": TRPO | {"n_steps": 512, "batch_size": 512, "cg_damping": 1e-3, "gae_lambda": 0.98},
+    "TRPO on Hopper-v5": MUJOCO_TRPO,
+    "TRPO on HalfCheetah-v5": MUJOCO_TRPO | {"target_kl": 0.04},
+    "PPO on Hopper-v5": MUJOCO_PPO
+    | {
+        "batch_size": 32,
+        "gamma": 0.999,
+        "learning_rate": 9.80828e-5,
+        "ent_coef": 0.00229519,
+        "n_epochs": 5,
+        "gae_lambda": 0.99,
+        "max_grad_norm": 0.7,
+        "vf_coef": 0.835671,
+    },
+    "PPO on HalfCheetah-v5": MUJOCO_PPO
+    | {
+        "gamma": 0.98,
+        "learning_rate": 2.0633e-5,
+        "ent_coef": 0.000401762,
+        "clip_range": 0.1,
+        "n_epochs": 20,
+        "gae_lambda": 0.92,
+        "max_grad_norm": 0.8,
+        "vf_coef": 0.58096,
     },
     "A2C on images": {"ent_coef": 0.01, "vf_coef": 0.25},
     "DQN on images": {
@@ -71,7 +101,7 @@ def train_sb3(
     seed: int,
     folder: Path,
     threads: int = 1,
-    num_envs: int = 1,
+    zoo: bool = True,
     stop_at: float | None = None,
     copy_every: int | None = None,
     eval_episodes: int = 0,
@@ -81,21 +111,25 @@ def train_sb3(
 
     Args:
         threads: torch's; 0 stands for its default.
-        num_envs: environments.
+        zoo: whether to take the settings of ZOO where it has some, or SB3's defaults.
         stop_at: mean return of the last 50 training episodes that ends the training.
         copy_every: steps between two copies of the network, 00000.pt, 00001.pt, ...
         eval_episodes: greedy episodes after training.
-        settings: what takes the place of the zoo's; noise_std is the scale of DDPG's Gaussian noise.
+        settings: what takes the place of these; num_envs is the number of environments, normalize says whether
+            observations and rewards are, by running statistics; noise_std is the scale of DDPG's Gaussian noise.
     """
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.noise import NormalActionNoise
+    from stable_baselines3.common.vec_env import VecNormalize
 
     if threads:
         torch.set_num_threads(threads)
     new_env = partial(make_env, algorithm, env_id)
-    env = make_vec_env(new_env, n_envs=num_envs, seed=seed)
-    is_image = a3c.is_image(env.observation_space)
-    settings = ZOO.get(f"{algorithm} on {'images' if is_image else env_id}", {}) | settings
+    is_image = a3c.is_image(new_env().observation_space)
+    settings = (ZOO.get(f"{algorithm} on {'images' if is_image else env_id}", {}) if zoo else {}) | settings
+    normalize = settings.pop("normalize", False)
+    env = make_vec_env(new_env, n_envs=settings.pop("num_envs", 1), seed=seed)
+    env = VecNormalize(env, gamma=settings.get("gamma", 0.99)) if normalize else env
     if is_image:
         settings |= as_a3c(algorithm)
     if "noise_std" in settings:
@@ -105,7 +139,8 @@ def train_sb3(
     model = sb3_class("MlpPolicy", env, seed=seed, device="cpu", **settings)
     learn(model, steps, folder, stop_at, copy_every)
     args = a3c.Args(env_id=env_id, seed=seed, eval_episodes=eval_episodes)
-    evaluate(lambda observation: model.predict(observation, deterministic=True)[0], new_env(), args, folder)
+    normalized = env.normalize_obs if normalize else lambda observation: observation
+    evaluate(lambda observation: model.predict(normalized(observation), deterministic=True)[0], new_env(), args, folder)
 
 
 def make_env(algorithm: str, env_id: str) -> gym.Env:
