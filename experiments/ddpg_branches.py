@@ -86,8 +86,9 @@ def main(args: Args) -> int:
             tools.draw_curves(axes, group["curve"].tolist(), color, branch)
             rows[branch] = {kind: tools.with_interval(group[kind].tolist()) for kind in (tools.RETURN, TRAINING_RETURN)}
         axes.set(xlabel="steps", ylabel="training return", title=title)
-        axes.legend(fontsize="small")
-        tools.print_table(f"{title}, {steps:,} steps", pd.DataFrame(rows).T)
+        if rows:
+            axes.legend(fontsize="small")
+            tools.print_table(f"{title}, {steps:,} steps", pd.DataFrame(rows).T)
         parts.append(runs)
     tools.succeeded(pd.concat(parts))
     tools.save_figure(figure, "ddpg_branches.png", args.results)

@@ -55,7 +55,7 @@ def main(args: Args) -> int:
         axes.axhline(goal, color="grey", linewidth=0.8, linestyle=":")
         axes.set(title=f"{script}, {env_id}", xlabel="environment steps", ylabel="training return")
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        if len(runs) > 1:
+        if len(runs) > 1 and len(learned):
             axes.legend(loc="lower right")
     tools.succeeded(pd.concat(parts))
     tools.save_figure(figure, "learning_curves.png", args.results)
