@@ -51,15 +51,9 @@ def policy_at(model: ActorCritic, theta: torch.Tensor, inputs: torch.Tensor) -> 
     return Categorical(logits=outputs) if model.discrete else MultivariateNormal(outputs, parts[-1].exp().diag() ** 2)
 
 
-def test_actions_and_mlp_are_those_of_a3c():
+def test_actions_are_those_of_a3c_and_outputs_begin_small():
     theirs, ours = (inspect.getsource(script.make_env).partition("env.action_space") for script in (a3c, gae))
     assert ours[2] == theirs[2].replace("A3C here", "gae.py") != ""
-    networks = []
-    for script in (a3c, gae):
-        torch.manual_seed(0)
-        networks.append(script.mlp(3, 2, gain=0.5))
-    assert str(networks[0]) == str(networks[1])
-    assert all(map(torch.equal, networks[0].parameters(), networks[1].parameters()))
     model = ActorCritic(3, SPACES[1])
     assert [layer.weight[0].norm().item() for layer in (model.actor[-1], model.critic[-1])] == pytest.approx([0.01, 1])
 
