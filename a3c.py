@@ -183,7 +183,7 @@ def image_layers(shape: tuple[int, ...]) -> nn.Sequential:
     channels, height, width = shape
     layers, units, activation = [ToFloat(), orthogonal(nn.Conv2d(channels, 16, 3)), nn.ReLU()], 128, nn.ReLU()
     if max(height, width) > 20:
-        layers, units, activation = [ToFloat()], 256, nn.ELU()
+        layers, units, activation = [ToFloat()], 256, nn.ELU(inplace=True)  # in place, for speed
         for inputs in (channels, 32, 32, 32):
             layers += [orthogonal(nn.Conv2d(inputs, 32, 3, stride=2, padding=1)), activation]
     features = nn.Sequential(*layers)(torch.zeros(1, *shape)).numel()
@@ -194,21 +194,20 @@ def image_layers(shape: tuple[int, ...]) -> nn.Sequential:
 NUMPY = {nn.ReLU: lambda x: np.maximum(x, 0), nn.ELU: lambda x: np.maximum(x, np.expm1(np.minimum(x, 0)))}
 
 
-def numpy_convolutions(layers: nn.Sequential, shape: tuple[int, ...]) -> list[tuple[np.ndarray, ...]]:
+def numpy_convolutions(layers: nn.Sequential, shape: tuple[int, ...]) -> Iterator[tuple[np.ndarray, ...]]:
     """The convolutions among `layers` as linear layers, for images of `shape`, in the order in which they come.
 
     Each is (patches, weight, bias): for each place the numbers of the pixels that a filter covers there, -1 for what is
-    beyond the border, and views of the parameters.
+    beyond the border, and views of the parameters. It gives all maps of one place, then those of the next.
     """
-    convolutions = []
+    pixels = np.arange(math.prod(shape)).reshape(shape)
     for layer in [each for each in layers if isinstance(each, nn.Conv2d)]:
-        pixels = np.arange(math.prod(shape)).reshape(shape)
         pixels = np.pad(pixels, ((0, 0), layer.padding, layer.padding), constant_values=-1)
         patches = sliding_window_view(pixels, layer.kernel_size, axis=(1, 2))[:, :: layer.stride[0], :: layer.stride[1]]
-        shape = (layer.out_channels, *patches.shape[1:3])
-        patches = patches.transpose(1, 2, 0, 3, 4).reshape(shape[1] * shape[2], -1)
-        convolutions.append((patches, layer.weight.detach().flatten(1).T.numpy(), layer.bias.detach().numpy()))
-    return convolutions
+        shape = (*patches.shape[1:3], layer.out_channels)
+        patches = patches.transpose(1, 2, 0, 3, 4).reshape(shape[0] * shape[1], -1)
+        yield patches, layer.weight.detach().flatten(1).T.numpy(), layer.bias.detach().numpy()
+        pixels = np.arange(math.prod(shape)).reshape(shape).transpose(2, 0, 1)
 
 
 class ActorCritic(nn.Module):
@@ -238,14 +237,14 @@ class ActorCritic(nn.Module):
         vector_to_parameters(self.theta, self.parameters())
         # The actor again, as numpy views of the same memory: for one observation it takes a fraction of torch's time.
         self.layers = [(layer.weight.detach().T.numpy(), layer.bias.detach().numpy()) for layer in layers]
-        self.convolutions = numpy_convolutions(self.body, observation_shape)
+        self.convolutions = [*numpy_convolutions(self.body, observation_shape)]
 
     def outputs(self, observation: np.ndarray) -> np.ndarray:
         """The actor's outputs for one observation."""
         x = observation / np.float32(255) if observation.dtype == np.uint8 else observation
         for patches, weight, bias in self.convolutions:  # the 0 at the end is pixel -1, beyond the border
-            x = self.activation(np.append(x, np.float32(0))[patches] @ weight + bias).T
-        x = x.ravel()
+            x = self.activation(np.append(x, np.float32(0)).take(patches, mode="wrap") @ weight + bias)
+        x = x.T.ravel()
         for weight, bias in self.layers[:-1]:
             x = self.activation(x @ weight + bias)
         weight, bias = self.layers[-1]
