@@ -28,7 +28,6 @@ from typing import Literal
 import pandas as pd
 import ray
 import tools
-import torch
 import tyro
 from ray.exceptions import RayError
 from tqdm import tqdm
@@ -37,6 +36,7 @@ from common.arguments import fail, failing
 from common.ranges import PositiveFloat, check_args
 
 RESERVED = {"script", "env_id", "seed", "log_dir", "resume", "evaluate"}  # what --grid cannot set
+ROOT = tools.ROOT  # where the scripts are
 STOPPED = {130, 143, -signal.SIGINT, -signal.SIGTERM}  # exit codes
 
 
@@ -121,6 +121,8 @@ def play(script: str, flags: list[str], folder: Path) -> str:
         if not (run / "checkpoint.pt").exists():
             shutil.rmtree(run)  # it was lost before there was anything to go on with
             continue
+        import torch  # which takes seconds, and most runs are new
+
         checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
         is_over = checkpoint["step"] >= checkpoint["args"]["total_timesteps"]
         flags = [*flags, f"--{'evaluate' if is_over else 'resume'}={run}"]
@@ -128,7 +130,7 @@ def play(script: str, flags: list[str], folder: Path) -> str:
     (folder / "at_work").touch()
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *_: None
     with open(folder / "output.txt", "a") as output:
-        options = {"stdout": output, "stderr": subprocess.STDOUT, "cwd": tools.ROOT}
+        options = {"stdout": output, "stderr": subprocess.STDOUT, "cwd": ROOT}
         # PR_SET_PDEATHSIG: it dies with its task, because another one may be about to go on with the run
         code = subprocess.call(command, preexec_fn=lambda: prctl(1, signal.SIGKILL), **options)
     (folder / "at_work").unlink()

@@ -38,6 +38,14 @@ class Failing(Probe):
         raise RuntimeError("the probe broke")
 
 
+class Waits(Failing):
+    """Waits in its 40th step for the file that the environment variable GATE names."""
+
+    def fail(self):
+        while not os.path.exists(os.environ["GATE"]):
+            time.sleep(0.05)
+
+
 class FailsAtReset(Probe):
     def reset(self, **kwargs):
         raise RuntimeError("the probe cannot be reset")
