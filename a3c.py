@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from gymnasium import spaces, wrappers
 from gymnasium.wrappers import TransformAction
 from numpy.lib.stride_tricks import sliding_window_view
+from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -417,6 +418,7 @@ def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> 
     """
     follow_parent()
     torch.set_num_threads(1)
+    threadpool_limits(1)  # numpy's threads: those of several workers would fight for the cores
     env = make_env(args.env_id, screen_size=args.screen_size)
     space = env.observation_space
     model = ActorCritic(space.shape, env.action_space)
@@ -445,9 +447,7 @@ def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> 
         d_theta = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
         norm = d_theta.norm().item()
         if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradient is {norm} at step {T + n:,}: check --learning-rate and the environment"
-            )
+            raise FloatingPointError(f"the gradient is {norm} at step {T + n:,}: check learning rate and environment")
         d_theta *= args.max_grad_norm / max(norm, args.max_grad_norm)
         learning_rate = args.learning_rate * (1 - T / args.total_timesteps if args.anneal_lr else 1.0)
         shared.update(d_theta, learning_rate)  # asynchronous update of theta using d theta, of theta_v using d theta_v
@@ -467,6 +467,7 @@ def main(args: Args) -> int:
         eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None, args.screen_size)
     if args.capture_video:
         check_film(eval_env)
+    threadpool_limits(1)
     seed_everything(args.seed, 0)
     model = ActorCritic(eval_env.observation_space.shape, eval_env.action_space)
     auto = "process" if has_gil() and args.num_workers > 1 else "thread"

@@ -21,6 +21,7 @@ import torch
 from gymnasium import spaces, wrappers
 from gymnasium.wrappers import TransformAction
 from numpy.lib.stride_tricks import sliding_window_view
+from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -406,6 +407,7 @@ def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> 
     """
     follow_parent()
     torch.set_num_threads(1)
+    threadpool_limits(1)  # numpy's threads: those of several workers would fight for the cores
     env = make_env(args.env_id, screen_size=args.screen_size)
     space = env.observation_space
     sizes = space.shape, int(env.action_space.n)
@@ -441,7 +443,7 @@ def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> 
             norm = d_theta.norm().item()
             if not math.isfinite(norm):
                 raise FloatingPointError(
-                    f"the gradient is {norm} at step {T + 1:,}: check --learning-rate and the environment"
+                    f"the gradient is {norm} at step {T + 1:,}: check learning rate and environment"
                 )
             d_theta *= args.max_grad_norm / max(norm, args.max_grad_norm)
             learning_rate = args.learning_rate * (1 - T / args.total_timesteps if args.anneal_lr else 1.0)
@@ -464,6 +466,7 @@ def main(args: Args) -> int:
         eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None, args.screen_size)
     if args.capture_video:
         check_film(eval_env)
+    threadpool_limits(1)
     seed_everything(args.seed, 0)
     model = QNetwork(eval_env.observation_space.shape, int(eval_env.action_space.n))
     auto = "process" if has_gil() and args.num_workers > 1 else "thread"

@@ -6,6 +6,7 @@ Importing this module registers them; `gymnasium.make("probes:Constant-v0")` doe
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from threadpoolctl import threadpool_info
 
 
 class Probe(gym.Env):
@@ -100,6 +101,13 @@ class Target(Probe):
     def play(self, action):
         assert self.action_space.contains(action), action
         return -float((((action - np.array([7.0, -2.0])) / np.array([5.0, 1.0])) ** 2).sum())
+
+
+class Threads(Probe):
+    """The reward is the largest number of threads that any library takes."""
+
+    def play(self, action):
+        return float(max(library["num_threads"] for library in threadpool_info()))
 
 
 class Script(Probe):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import WITH_WORKERS, each_script, load, tables
 from gymnasium import spaces
+from threadpoolctl import threadpool_limits
 
 import a3c
 import async_qlearning
@@ -195,6 +196,15 @@ def test_a_probe_of_images_is_learned(train, script, name):
     else:
         np.testing.assert_allclose(result[range(50), sides].mean().item(), 1, atol=0.2)
         np.testing.assert_allclose(result[range(50), other].mean().item(), -1, atol=0.3)
+
+
+@each_script(*WITH_WORKERS)
+@pytest.mark.parametrize("backend", ["thread", "process"])
+def test_no_worker_takes_more_than_one_thread(train, script, backend):
+    threadpool_limits(2)
+    torch.set_num_threads(2)
+    _, folder = train(script, env_id="probes:Threads-v0", backend=backend, total_timesteps=20)
+    assert set(tables(folder)[0]["return"]) == {1}
 
 
 @each_script(*WITH_WORKERS)
