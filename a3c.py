@@ -447,7 +447,7 @@ def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> 
         d_theta = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
         norm = d_theta.norm().item()
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient is {norm} at step {T + n:,}: check learning rate and environment")
+            raise FloatingPointError(f"the gradient is {norm} at step {T + n:,}: check --learning-rate and environment")
         d_theta *= args.max_grad_norm / max(norm, args.max_grad_norm)
         learning_rate = args.learning_rate * (1 - T / args.total_timesteps if args.anneal_lr else 1.0)
         shared.update(d_theta, learning_rate)  # asynchronous update of theta using d theta, of theta_v using d theta_v

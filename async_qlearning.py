@@ -443,7 +443,7 @@ def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> 
             norm = d_theta.norm().item()
             if not math.isfinite(norm):
                 raise FloatingPointError(
-                    f"the gradient is {norm} at step {T + 1:,}: check learning rate and environment"
+                    f"the gradient is {norm} at step {T + 1:,}: check --learning-rate and environment"
                 )
             d_theta *= args.max_grad_norm / max(norm, args.max_grad_norm)
             learning_rate = args.learning_rate * (1 - T / args.total_timesteps if args.anneal_lr else 1.0)
