@@ -1,4 +1,4 @@
-"""ddpg.py beside Stable-Baselines3's DDPG: returns on Pendulum-v1 and HalfCheetah-v5, and steps per second.
+"""ddpg.py beside the DDPG of Stable-Baselines3 and that of SBX, its version in JAX: returns, and steps per second.
 
     pip install -r experiments/requirements.txt
     python experiments/ddpg_vs_peers.py --only pendulum --parallel 2
@@ -8,13 +8,14 @@ On two idle cores "pendulum" takes about 10 minutes, "speed" 10, and "halfcheeta
 hour; without `--only` all parts run, one after the other. `--seeds 21 --steps 600 --speed-steps 2000` is a trial.
 
 "pendulum", "halfcheetah": mean return of the greedy policy over 20 episodes after 10,000 steps of Pendulum-v1 and
-after 100,000 of HalfCheetah-v5; both contestants are evaluated by the same function and from the same initial states.
-SB3 takes its settings out of the flags that ddpg.py is called with. ddpg.py gets SB3's networks: the action enters its
-critic at the first layer, and all first weights are as torch makes them. On Pendulum-v1 ddpg.py runs as it is, too.
+after 100,000 of HalfCheetah-v5; all contestants are evaluated by the same function and from the same initial states.
+The peers take their settings out of the flags that ddpg.py is called with. ddpg.py gets their networks: the action
+enters its critic at the first layer, and all first weights are as torch makes them. On Pendulum-v1 ddpg.py runs as it
+is, too.
 
 "speed": environment steps per second on HalfCheetah-v5 while there is an update at each of them, with minibatches of
 256 and of 64. The 1,000 random steps at the beginning do not count; what a run of ddpg.py writes while it trains does.
-ddpg.py runs with `--num-threads 2`; SB3 has one torch thread and, with the first seed, torch's default number too, of
+ddpg.py runs with `--num-threads 2`; the peers have one thread and, with the first seed, their default number too, of
 which the faster goes on and is compared.
 
 Every run has a process of its own. `--parallel` of them go at once, each with one torch thread, but where speed is
@@ -39,7 +40,8 @@ import ddpg
 
 HALFCHEETAH_FLAGS = "--learning-starts 10000 --learning-rate 3e-4 --actor-learning-rate 3e-4"
 OURS, AS_IT_IS = "ddpg.py", "ddpg.py, as it is"
-SB3 = {"SB3 DDPG": 1, "SB3 DDPG, default threads": 0}  # torch's threads, 0: its default
+SB3 = {"SB3 DDPG": 1, "SB3 DDPG, default threads": 0}  # threads, 0: the default
+SBX = {"SBX DDPG": 1, "SBX DDPG, default threads": 0}
 LEARNING = {  # part: environment, steps, flags of ddpg.py
     "pendulum": ("Pendulum-v1", 10_000, ""),
     "halfcheetah": ("HalfCheetah-v5", 100_000, HALFCHEETAH_FLAGS),
@@ -92,13 +94,15 @@ def sb3_settings(args: ddpg.Args) -> dict:
     names = ("env_id", "buffer_size", "learning_starts", "batch_size", "learning_rate", "gamma", "tau", "noise_std")
     settings = {name: getattr(args, name) for name in (*names, "eval_episodes")} | {"steps": args.total_timesteps}
     settings |= {"train_freq": (1, "step"), "gradient_steps": 1, "policy_kwargs": {"net_arch": [ddpg.HIDDEN] * 2}}
-    return settings | {"algorithm": "DDPG"}
+    return settings
 
 
 def new_contestants(flags: str) -> dict[str, tools.Command]:
     peer = partial(tools.call, peers.train_sb3, **sb3_settings(parse(flags)))
     contestants = {OURS: tools.call(train_ours, flags=flags)}
-    return contestants | {name: peer(threads=threads) for name, threads in SB3.items()}
+    contestants |= {name: peer(algorithm="DDPG", threads=threads) for name, threads in SB3.items()}
+    rates = {"qf_learning_rate": parse(flags).learning_rate}  # SBX has one for each network
+    return contestants | {name: peer(algorithm="SBX DDPG", threads=threads, **rates) for name, threads in SBX.items()}
 
 
 def compare_learning(part: str, args: Args) -> pd.DataFrame:
@@ -107,7 +111,9 @@ def compare_learning(part: str, args: Args) -> pd.DataFrame:
     flags += f" --env-id={env_id} --total-timesteps={args.steps or steps}"
     flags += f" --learning-starts={args.steps // 2}" if args.steps else ""
     contestants = new_contestants(flags)
-    del contestants["SB3 DDPG, default threads"]
+    for name in (*SB3, *SBX):
+        if "default" in name:
+            del contestants[name]
     if part == "pendulum":
         contestants[AS_IT_IS] = tools.script("ddpg.py", flags)
     runs = tools.play(contestants, tools.read_return, args, "ddpg_returns", args.parallel)
@@ -123,10 +129,10 @@ def compare_speed(args: Args) -> pd.DataFrame:
     read = partial(tools.read_speed, after=RANDOM_STEPS)
     for batch_size in BATCH_SIZES:
         contestants = new_contestants(f"{flags} --batch-size={batch_size}")
-        runs, (peer,) = tools.play_with_rivals(contestants, read, args, "ddpg_speed", [list(SB3)])
+        runs, rivals = tools.play_with_rivals(contestants, read, args, "ddpg_speed", [list(SB3), list(SBX)])
         title = f"{tools.SPEED}, minibatches of {batch_size}"
         tools.print_table(title, tools.spread(runs, tools.SPEED))
-        tools.print_table(f"ratio of {title}", tools.ratios(runs, tools.SPEED, OURS, [peer]))
+        tools.print_table(f"ratio of {title}", tools.ratios(runs, tools.SPEED, OURS, rivals))
         parts.append(runs)
     return pd.concat(parts)
 

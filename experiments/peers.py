@@ -1,4 +1,4 @@
-"""The peers that the scripts are compared with: Stable-Baselines3, sb3-contrib and PFRL, a function for each kind.
+"""The peers that the scripts are compared with: Stable-Baselines3, sb3-contrib, SBX and PFRL, a function for each kind.
 
 `tools.call` runs a function in a process of its own. It writes into `folder` what experiments read of a script, too:
 episodes.csv with step, time and return. SB3's also write metrics.csv with the last step and its time, and
@@ -6,6 +6,7 @@ evaluation.json if they are to be evaluated.
 """
 
 import importlib
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import a3c
 import ddpg
 from common.evaluation import evaluate
 
-MODULES = dict.fromkeys(("A2C", "DQN", "DDPG", "PPO"), "stable_baselines3") | {"TRPO": "sb3_contrib"}
+MODULES = dict.fromkeys(("A2C", "DQN", "DDPG", "PPO"), "stable_baselines3") | {"TRPO": "sb3_contrib", "SBX DDPG": "sbx"}
 TRPO = {"num_envs": 2, "learning_rate": 1e-3, "n_critic_updates": 20}
 MUJOCO_TRPO = TRPO | {"normalize": True, "n_steps": 1024, "cg_max_steps": 25}
 MUJOCO_NETWORK = {"log_std_init": -2, "ortho_init": False, "activation_fn": nn.ReLU, "net_arch": [256, 256]}
@@ -107,10 +108,10 @@ def train_sb3(
     eval_episodes: int = 0,
     **settings,
 ) -> None:
-    """An algorithm of Stable-Baselines3 or sb3-contrib, with the settings of ZOO or its defaults.
+    """An algorithm of Stable-Baselines3, sb3-contrib or SBX (SB3 in JAX), with the settings of ZOO or its defaults.
 
     Args:
-        threads: torch's; 0 stands for its default.
+        threads: torch's, or JAX's; 0 stands for the default.
         zoo: whether to take the settings of ZOO where it has some, or SB3's defaults.
         stop_at: mean return of the last 50 training episodes that ends the training.
         copy_every: steps between two copies of the network, 00000.pt, 00001.pt, ...
@@ -118,12 +119,13 @@ def train_sb3(
         settings: what takes the place of these; num_envs is the number of environments, normalize says whether
             observations and rewards are, by running statistics; noise_std is the scale of DDPG's Gaussian noise.
     """
+    if threads:  # SBX's; JAX reads it when it is imported
+        os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads={threads}"
+        torch.set_num_threads(threads)
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.noise import NormalActionNoise
     from stable_baselines3.common.vec_env import VecNormalize
 
-    if threads:
-        torch.set_num_threads(threads)
     new_env = partial(make_env, algorithm, env_id)
     is_image = a3c.is_image(new_env().observation_space)
     settings = (ZOO.get(f"{algorithm} on {'images' if is_image else env_id}", {}) if zoo else {}) | settings
@@ -135,7 +137,7 @@ def train_sb3(
     if "noise_std" in settings:
         size = env.action_space.shape
         settings["action_noise"] = NormalActionNoise(np.zeros(size), np.full(size, settings.pop("noise_std")))
-    sb3_class = getattr(importlib.import_module(MODULES[algorithm]), algorithm)
+    sb3_class = getattr(importlib.import_module(MODULES[algorithm]), algorithm.split()[-1])
     model = sb3_class("MlpPolicy", env, seed=seed, device="cpu", **settings)
     learn(model, steps, folder, stop_at, copy_every)
     args = a3c.Args(env_id=env_id, seed=seed, eval_episodes=eval_episodes)
@@ -147,7 +149,9 @@ def make_env(algorithm: str, env_id: str) -> gym.Env:
     """SB3's environment as it is; of images and for DDPG that of our script."""
     if env_id.startswith(("MinAtar/", "ale_py:")):
         return a3c.make_env(env_id)
-    return ddpg.make_env(env_id) if algorithm == "DDPG" else gym.wrappers.RecordEpisodeStatistics(gym.make(env_id))
+    return (
+        ddpg.make_env(env_id) if algorithm.endswith("DDPG") else gym.wrappers.RecordEpisodeStatistics(gym.make(env_id))
+    )
 
 
 def as_a3c(algorithm: str) -> dict:
