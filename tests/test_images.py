@@ -1,5 +1,6 @@
 """Observations that are images, in a3c.py and async_qlearning.py; MinAtar and Atari where they are installed."""
 
+import json
 import sys
 
 import gymnasium as gym
@@ -200,11 +201,11 @@ def test_a_probe_of_images_is_learned(train, script, name):
 
 @each_script(*WITH_WORKERS)
 @pytest.mark.parametrize("backend", ["thread", "process"])
-def test_no_worker_takes_more_than_one_thread(train, script, backend):
+def test_numpy_takes_one_thread_in_workers_and_evaluation(train, script, backend):
     threadpool_limits(2)
-    torch.set_num_threads(2)
-    _, folder = train(script, env_id="probes:Threads-v0", backend=backend, total_timesteps=20)
+    _, folder = train(script, env_id="probes:Threads-v0", backend=backend, total_timesteps=20, eval_episodes=1)
     assert set(tables(folder)[0]["return"]) == {1}
+    assert json.loads((folder / "evaluation.json").read_text())["returns"] == [1]
 
 
 @each_script(*WITH_WORKERS)
