@@ -31,16 +31,15 @@ from common.ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFl
 from common.run import Run, follow_parent, has_gil, seed_everything, signals_blocked
 
 SCRIPT = Path(__file__).stem
-START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"  # of processes; eight are up in 2 s, or in 17 s
+START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"  # of processes: 8 are up in 2 s, with spawn in 17
 PATIENCE_SECONDS = 60.0  # how long a worker may be without progress once the run is ending
-MIN_VARIANCE = 0.01  # added to a Gaussian policy's variance: the smaller that is, the larger the gradients
+MIN_VARIANCE = 0.01  # of a Gaussian policy: as the variance shrinks, its gradients grow without bound
 
 
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"
-    """environment: any id that gymnasium.make takes, `module:Env-v0` included; with images, too: MinAtar/Breakout-v1,
-    ale_py:PongNoFrameskip-v4"""
+    """any id that gymnasium.make takes; with images, too: MinAtar/Breakout-v1, ale_py:PongNoFrameskip-v4"""
     seed: NonNegativeInt = 1
     """seed of everything random; with one worker, the same seed gives the same run"""
     total_timesteps: PositiveInt = 200_000
@@ -89,7 +88,7 @@ def is_image(space: spaces.Space) -> bool:
 
 
 class Film(gym.Wrapper):
-    """Renders MinAtar's 10x10 colours, numbers from 0 to 1, as squares of bytes."""
+    """MinAtar renders 10x10 colours from 0 to 1. A film needs bytes: each colour becomes a square of 16x16 pixels."""
 
     def render(self) -> np.ndarray:
         return np.kron((255 * self.env.render()).astype(np.uint8), np.ones((16, 16, 1), np.uint8))
@@ -98,12 +97,13 @@ class Film(gym.Wrapper):
 def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42) -> gym.Env:
     """The environment, with observations and actions as the network takes and gives them.
 
-    Images stay bytes or bools, with channels first. Atari is played as in the paper: up to 30 steps of nothing at the
-    start, each action for 4 frames, of which the last two are merged, grey, and four such images stacked; rewards are
-    clipped to [-1, 1]. (The `ALE/` games repeat an action by chance, too.) All other observations become vectors.
+    Images stay bytes or bools, with channels first. (They come last if the first side is not shorter than both others.)
+    Atari is played as in the paper: up to 30 no-ops at the start; each action is held for 4 frames; the last two are
+    merged by their maximum, made grey and scaled down; four such images are stacked; rewards are clipped to [-1, 1].
+    (`ALE/` games also repeat the last action at random.) All other observations become vectors.
 
-    A Box of actions becomes flat, too; -1 and 1 stand for its bounds, and what lies outside of these is clipped.
-    Discrete actions count from 0.
+    A Box of actions becomes flat, too. In a dimension with two bounds, -1 and 1 stand for them; actions are clipped to
+    the bounds. Discrete actions count from 0.
 
     Raises:
         ValueError: the script cannot play it.
@@ -128,8 +128,7 @@ def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42)
     space = env.observation_space
     if is_image(space):
         if space.shape[0] >= min(space.shape[1:]) and not is_atari:  # the channels come last
-            low, high = np.moveaxis(space.low, -1, 0), np.moveaxis(space.high, -1, 0)
-            space = spaces.Box(low, high, dtype=space.dtype)
+            space = spaces.Box(0, int(space.high.max()), (space.shape[2], *space.shape[:2]), space.dtype)
             env = wrappers.TransformObservation(env, lambda image: image.transpose(2, 0, 1), space)
         if min(space.shape[1:]) < 3:
             raise ValueError(f"its images have a side of less than 3: {space}")
@@ -144,7 +143,7 @@ def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42)
         raise ValueError(f"A3C here needs Discrete actions or a Box of real numbers, not {space}")
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     has_bounds = (low > -1e9) & (high < 1e9)  # beyond that, no bound is meant
-    scale = np.where(has_bounds, (high - low) / 2, 1)
+    scale = np.where(has_bounds, high / 2 - low / 2, 1)
     center = np.where(has_bounds, low + scale, np.clip(0, low, high))
 
     def to_bounds(action: np.ndarray) -> np.ndarray:
@@ -176,10 +175,10 @@ class ToFloat(nn.Module):
 
 
 def image_layers(shape: tuple[int, ...]) -> nn.Sequential:
-    """Layers for images of `shape` (channels, height, width): one convolution and 128 units for MinAtar's size.
+    """Layers for images of `shape` (channels, height, width): up to 20x20, as MinAtar's, one convolution and 128 units.
 
-    Larger ones get four convolutions and 256 units: on 42x42 pixels these learn Pong, and the paper's two do not, whose
-    filters of 8x8 pixels are made for 84x84.
+    Larger images get four convolutions and 256 units. On 42x42 pixels these learn Pong; the paper's two, whose filters
+    of 8x8 pixels are made for 84x84, do not.
     """
     channels, height, width = shape
     layers, units, activation = [ToFloat(), orthogonal(nn.Conv2d(channels, 16, 3)), nn.ReLU()], 128, nn.ReLU()
@@ -191,15 +190,15 @@ def image_layers(shape: tuple[int, ...]) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), orthogonal(nn.Linear(features, units)), activation)
 
 
-# The activations of images in numpy
+# The activations of the image layers, in numpy
 NUMPY = {nn.ReLU: lambda x: np.maximum(x, 0), nn.ELU: lambda x: np.maximum(x, np.expm1(np.minimum(x, 0)))}
 
 
 def numpy_convolutions(layers: nn.Sequential, shape: tuple[int, ...]) -> Iterator[tuple[np.ndarray, ...]]:
     """The convolutions among `layers` as linear layers, for images of `shape`, in the order in which they come.
 
-    Each is (patches, weight, bias): for each place the numbers of the pixels that a filter covers there, -1 for what is
-    beyond the border, and views of the parameters. It gives all maps of one place, then those of the next.
+    Each is (patches, weight, bias): for each place the indices of the pixels that a filter covers, -1 beyond the
+    border, and views of the parameters. The output lists all maps of the first place, then those of the next.
     """
     pixels = np.arange(math.prod(shape)).reshape(shape)
     for layer in [each for each in layers if isinstance(each, nn.Conv2d)]:
@@ -217,8 +216,8 @@ class ActorCritic(nn.Module):
     A Discrete policy is a softmax. A Box policy is a Gaussian whose mean and variance (a softplus, plus MIN_VARIANCE)
     are outputs of the network. Where observations are images, policy and value share all but the last layer.
 
-    The attribute `theta` is one vector with the lecture's theta and theta_v, of which every parameter is a view: who
-    writes to it changes the networks. Processes can share it.
+    The attribute `theta` is one vector with the lecture's theta and theta_v. Every parameter is a view of it: writing
+    to it changes the networks. Processes can share it.
     """
 
     def __init__(self, observation_shape: tuple[int, ...], action_space: spaces.Space):
@@ -357,14 +356,15 @@ class Shared:
     Args:
         theta: the global parameters, in shared memory.
         args: num_workers and RMSProp's arguments.
-        new_queue: makes the queues for episodes, one for each worker: who is killed while writing blocks nobody else.
+        new_queue: makes the queues for episodes, one for each worker: one killed while writing blocks no other.
     """
 
     def __init__(self, theta: torch.Tensor, args: Args, new_queue: Callable):
-        self.theta, self.g, self.args = theta, torch.zeros_like(theta).share_memory_(), args
+        self.theta, self.args = theta, args
+        self.g = torch.zeros_like(theta).share_memory_()  # RMSProp's mean of squared gradients
         self.steps = multiprocessing.RawArray("q", args.num_workers)  # t of each worker
-        # The sums of each metric and, last, the number of updates, of each worker
-        self.sums = [multiprocessing.RawArray("d", len(METRICS) + 1) for _ in range(args.num_workers)]
+        # A row for each worker: the sum of each metric and, last, the number of updates
+        self.sums = torch.zeros(args.num_workers, len(METRICS) + 1, dtype=torch.float64).share_memory_()
         self.done = multiprocessing.RawArray("b", args.num_workers)
         self.known_sums = np.zeros(1 + len(METRICS))
         self.stop = multiprocessing.RawValue("b")
@@ -379,11 +379,10 @@ class Shared:
         """t <- t + 1, and with it T <- T + 1.
 
         `episode` is what `RecordEpisodeStatistics` tells of one that ends with this step. It is reported first: whoever
-        reads T, and then the reports, gets all episodes up to T.
+        reads T, and then the reports, gets every episode whose last step is in T.
         """
         if episode:
-            score = {"r": float(episode["r"]), "l": episode["l"]}
-            self.episodes[worker].put((self.T + 1, worker, score, time.monotonic()))
+            self.episodes[worker].put((self.T + 1, worker, episode, time.monotonic()))
         self.steps[worker] += 1
 
     def update(self, d_theta: torch.Tensor, learning_rate: float) -> None:
@@ -392,9 +391,8 @@ class Shared:
 
     def log(self, worker: int, metrics: dict[str, float]) -> None:
         """Add the metrics of one update."""
-        for column, name in enumerate(METRICS):
-            self.sums[worker][column] += metrics[name]
-        self.sums[worker][-1] += 1
+        row = self.sums[worker].numpy()
+        row += [*(metrics[name] for name in METRICS), 1.0]  # all at once, so that `means` finds no half of it
 
     def reported(self) -> Iterator[tuple]:
         """The episodes reported since the last call, as arguments of `Run.log_episode`."""
@@ -404,7 +402,7 @@ class Shared:
 
     def means(self) -> dict[str, float]:
         """The metrics, means over all updates since the last call; none without an update."""
-        sums = np.sum(self.sums, axis=0)
+        sums = self.sums.sum(0).numpy()
         *totals, updates = sums - self.known_sums
         self.known_sums = sums
         return {name: total / updates for name, total in zip(METRICS, totals, strict=True) if updates}
@@ -419,6 +417,7 @@ def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> 
     follow_parent()
     torch.set_num_threads(1)
     threadpool_limits(1)  # numpy's threads: those of several workers would fight for the cores
+    torch.set_flush_denormal(True)  # numbers below 1e-38, which g falls to where gradients are 0, take long to compute
     env = make_env(args.env_id, screen_size=args.screen_size)
     space = env.observation_space
     model = ActorCritic(space.shape, env.action_space)
@@ -447,7 +446,7 @@ def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> 
         d_theta = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
         norm = d_theta.norm().item()
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient is {norm} at step {T + n:,}: check --learning-rate and environment")
+            raise FloatingPointError(f"the gradient is {norm} at step {T + n:,}: check --learning-rate and rewards")
         d_theta *= args.max_grad_norm / max(norm, args.max_grad_norm)
         learning_rate = args.learning_rate * (1 - T / args.total_timesteps if args.anneal_lr else 1.0)
         shared.update(d_theta, learning_rate)  # asynchronous update of theta using d theta, of theta_v using d theta_v
@@ -477,7 +476,7 @@ def main(args: Args) -> int:
     context.set_forkserver_preload(["torch", "gymnasium", "tyro", "tqdm", *games])
     shared = Shared(model.theta, args, context.SimpleQueue)
     if checkpoint:
-        with failing(f"the checkpoint does not fit {args.env_id} as it is installed here"):
+        with failing(f"the checkpoint does not fit {args.env_id} (as installed here; --screen-size?)"):
             model.load_state_dict(checkpoint["model"])
             shared.g.copy_(checkpoint["g"])
             shared.steps[0] = checkpoint["step"]
@@ -497,7 +496,8 @@ def main(args: Args) -> int:
 
     def write(with_checkpoint: bool) -> None:
         # In this order: T counts the steps of all updates in the means, and all episodes up to T have been reported.
-        means, T = shared.means() if with_checkpoint else {}, shared.T
+        means = shared.means() if with_checkpoint else {}
+        T = shared.T
         for episode in sorted(shared.reported()):
             run.log_episode(*episode)
         if means and T > run.last_step:
@@ -508,15 +508,15 @@ def main(args: Args) -> int:
     next_log = T // args.log_interval + 1
     alive = [True]
     with run:
-        with signals_blocked():  # they inherit that, so that Ctrl-C and SIGTERM reach the main process alone
+        with signals_blocked():  # workers inherit that: Ctrl-C and SIGTERM reach the main process alone
             for each in workers:
                 each.start()
         while any(alive):
-            alive = [each.is_alive() for each in workers]  # first: who ends after that is asked again
+            alive = [each.is_alive() for each in workers]  # first: a worker that ends later is seen next time
             time.sleep(0.05)  # rather than wake up for every single episode
             if shared.T == run.first_step:
                 run.start()
-            # Who has ended and is not done has raised (the traceback is on the terminal), has exited or was killed.
+            # A worker that has ended without being done has raised (see the terminal), has exited or was killed.
             failed = [index for index, is_alive in enumerate(alive) if not is_alive and not shared.done[index]]
             if failed and run.exit_code != 1:
                 run.fail(f"worker {failed[0]} has failed or was killed: {workers[failed[0]]}")

@@ -1,8 +1,8 @@
 """Asynchronous one-step Q-learning (Mnih et al. 2016, Asynchronous Methods for Deep Reinforcement Learning).
 
 Several workers, each with an environment and an exploration of its own, update one shared network theta without waiting
-for each other, towards targets from a shared target network theta-. With --target sarsa and with --n-step it is the
-paper's other two value-based methods. To begin with: python async_qlearning.py --num-workers 8
+for each other, towards targets from a shared target network theta-. --target sarsa makes it the paper's one-step SARSA,
+--n-step nearly its n-step Q-learning. To begin with: python async_qlearning.py --num-workers 8
 """
 
 import math
@@ -31,15 +31,14 @@ from common.ranges import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, 
 from common.run import Run, follow_parent, has_gil, seed_everything, signals_blocked
 
 SCRIPT = Path(__file__).stem
-START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"  # of processes; eight are up in 2 s, or in 17 s
+START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"  # of processes: 8 are up in 2 s, with spawn in 17
 PATIENCE_SECONDS = 60.0  # how long a worker may be without progress once the run is ending
 
 
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"
-    """environment: any id that gymnasium.make takes, `module:Env-v0` included; with images, too: MinAtar/Breakout-v1,
-    ale_py:PongNoFrameskip-v4"""
+    """any id that gymnasium.make takes; with images, too: MinAtar/Breakout-v1, ale_py:PongNoFrameskip-v4"""
     seed: NonNegativeInt = 1
     """seed of everything random; with one worker, the same seed gives the same run"""
     total_timesteps: PositiveInt = 500_000
@@ -51,7 +50,7 @@ class Args:
     target: Literal["q", "sarsa"] = "q"
     """what the target takes of the next state: its largest value (Q-learning), or that of the next action (SARSA)"""
     n_step: PositiveInt = 1
-    """rewards in a target, fewer at the end of a segment; at least --train-frequency gives the paper's n-step method"""
+    """rewards in a target, fewer at the end of a segment; with --train-frequency or more, all of the segment's"""
     train_frequency: PositiveInt = 32
     """I_AsyncUpdate: steps of a worker between two updates, fewer at the end of an episode"""
     target_network_frequency: PositiveInt = 500
@@ -96,7 +95,7 @@ def is_image(space: spaces.Space) -> bool:
 
 
 class Film(gym.Wrapper):
-    """Renders MinAtar's 10x10 colours, numbers from 0 to 1, as squares of bytes."""
+    """MinAtar renders 10x10 colours from 0 to 1. A film needs bytes: each colour becomes a square of 16x16 pixels."""
 
     def render(self) -> np.ndarray:
         return np.kron((255 * self.env.render()).astype(np.uint8), np.ones((16, 16, 1), np.uint8))
@@ -105,9 +104,10 @@ class Film(gym.Wrapper):
 def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42) -> gym.Env:
     """The environment, with observations as the network takes them and with Discrete actions that count from 0.
 
-    Images stay bytes or bools, with channels first. Atari is played as in the paper: up to 30 steps of nothing at the
-    start, each action for 4 frames, of which the last two are merged, grey, and four such images stacked; rewards are
-    clipped to [-1, 1]. (The `ALE/` games repeat an action by chance, too.) All other observations become vectors.
+    Images stay bytes or bools, with channels first. (They come last if the first side is not shorter than both others.)
+    Atari is played as in the paper: up to 30 no-ops at the start; each action is held for 4 frames; the last two are
+    merged by their maximum, made grey and scaled down; four such images are stacked; rewards are clipped to [-1, 1].
+    (`ALE/` games also repeat the last action at random.) All other observations become vectors.
 
     Raises:
         ValueError: the script cannot play it.
@@ -132,8 +132,7 @@ def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42)
     space = env.observation_space
     if is_image(space):
         if space.shape[0] >= min(space.shape[1:]) and not is_atari:  # the channels come last
-            low, high = np.moveaxis(space.low, -1, 0), np.moveaxis(space.high, -1, 0)
-            space = spaces.Box(low, high, dtype=space.dtype)
+            space = spaces.Box(0, int(space.high.max()), (space.shape[2], *space.shape[:2]), space.dtype)
             env = wrappers.TransformObservation(env, lambda image: image.transpose(2, 0, 1), space)
         if min(space.shape[1:]) < 3:
             raise ValueError(f"its images have a side of less than 3: {space}")
@@ -163,10 +162,10 @@ class ToFloat(nn.Module):
 
 
 def image_layers(shape: tuple[int, ...]) -> nn.Sequential:
-    """Layers for images of `shape` (channels, height, width): one convolution and 128 units for MinAtar's size.
+    """Layers for images of `shape` (channels, height, width): up to 20x20, as MinAtar's, one convolution and 128 units.
 
-    Larger ones get four convolutions and 256 units: on 42x42 pixels these learn Pong, and the paper's two do not, whose
-    filters of 8x8 pixels are made for 84x84.
+    Larger images get four convolutions and 256 units. On 42x42 pixels these learn Pong; the paper's two, whose filters
+    of 8x8 pixels are made for 84x84, do not.
     """
     channels, height, width = shape
     layers, units, activation = [ToFloat(), orthogonal(nn.Conv2d(channels, 16, 3)), nn.ReLU()], 128, nn.ReLU()
@@ -178,15 +177,15 @@ def image_layers(shape: tuple[int, ...]) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), orthogonal(nn.Linear(features, units)), activation)
 
 
-# The activations of images in numpy
+# The activations of the image layers, in numpy
 NUMPY = {nn.ReLU: lambda x: np.maximum(x, 0), nn.ELU: lambda x: np.maximum(x, np.expm1(np.minimum(x, 0)))}
 
 
 def numpy_convolutions(layers: nn.Sequential, shape: tuple[int, ...]) -> Iterator[tuple[np.ndarray, ...]]:
     """The convolutions among `layers` as linear layers, for images of `shape`, in the order in which they come.
 
-    Each is (patches, weight, bias): for each place the numbers of the pixels that a filter covers there, -1 for what is
-    beyond the border, and views of the parameters. It gives all maps of one place, then those of the next.
+    Each is (patches, weight, bias): for each place the indices of the pixels that a filter covers, -1 beyond the
+    border, and views of the parameters. The output lists all maps of the first place, then those of the next.
     """
     pixels = np.arange(math.prod(shape)).reshape(shape)
     for layer in [each for each in layers if isinstance(each, nn.Conv2d)]:
@@ -199,14 +198,14 @@ def numpy_convolutions(layers: nn.Sequential, shape: tuple[int, ...]) -> Iterato
 
 
 class QNetwork(nn.Module):
-    """The action values Q(s, a; theta), one for each action: of a vector by two hidden layers of 64 units.
+    """Q(s, a; theta) for every action. Vectors pass two hidden layers of 64 tanh units, images `image_layers`.
 
-    The attribute `theta` is one vector of which every parameter is a view: who writes to it changes the network.
+    The attribute `theta` is one vector. Every parameter is a view of it: writing to it changes the network.
 
     Args:
         shape: of an observation, a vector or an image.
-        num_actions: the actions' number.
-        theta: the vector to be a view of; without it, a new one with initial weights, which processes can share.
+        num_actions: number of actions.
+        theta: the vector that the parameters become views of; without it, a new one, which processes can share.
     """
 
     def __init__(self, shape: tuple[int, ...], num_actions: int, theta: torch.Tensor | None = None):
@@ -216,10 +215,9 @@ class QNetwork(nn.Module):
             self.q = nn.Sequential(*body, orthogonal(nn.Linear(body[-2].out_features, num_actions), 1.0))
             layers, self.activation = [body[-2], self.q[-1]], NUMPY[type(body[-1])]
         else:
-            layers = [nn.Linear(shape[0], 64), nn.Linear(64, 64), nn.Linear(64, num_actions)]
-            layers = [orthogonal(layers[0]), orthogonal(layers[1]), orthogonal(layers[2], 1.0)]
-            self.q = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
-            self.activation = np.tanh
+            first, second, last = nn.Linear(shape[0], 64), nn.Linear(64, 64), nn.Linear(64, num_actions)
+            self.q = nn.Sequential(orthogonal(first), nn.Tanh(), orthogonal(second), nn.Tanh(), orthogonal(last, 1.0))
+            layers, self.activation = [first, second, last], np.tanh
         # self.q is Q(s, .; theta), shape (n, actions), of n observations
         self.theta = parameters_to_vector(self.parameters()).detach().share_memory_() if theta is None else theta
         vector_to_parameters(self.theta, self.parameters())
@@ -242,7 +240,7 @@ class QNetwork(nn.Module):
 
 
 def td_targets(rewards: torch.Tensor, next_values: torch.Tensor, gamma: float, n_step: int = 1) -> torch.Tensor:
-    """The targets y of a segment (Mnih et al. 2016, algorithm 1; with n_step > 1 algorithm S2).
+    """The targets y of a segment (Mnih et al. 2016, algorithm 1; with n_step >= n those of algorithm S2).
 
     Each is the discounted sum of the next n_step rewards, fewer where the segment ends, and of the value after them.
 
@@ -304,8 +302,8 @@ def rmsprop_step(theta: torch.Tensor, g: torch.Tensor, d_theta: torch.Tensor, le
 def final_epsilons(args: Args) -> np.ndarray:
     """What each worker's epsilon ends at, in ascending order, shape (num_workers,) (Mnih et al. 2016, section 5.1).
 
-    The paper draws each one from a distribution. Here worker i gets its quantile (i + 1/2) / num_workers, so that of
-    few workers, too, the right share has each epsilon.
+    The paper draws each one from a distribution. Here worker i gets its quantile (i + 1/2) / num_workers: the share of
+    workers with each epsilon is right to within one worker.
     """
     if len(args.final_epsilons) != len(args.final_epsilon_probs) or abs(sum(args.final_epsilon_probs) - 1) > 1e-6:
         fail(f"--final-epsilon-probs must be {len(args.final_epsilons)} numbers that sum to 1")
@@ -335,16 +333,17 @@ class Shared:
     Args:
         theta: the global parameters, in shared memory.
         args: num_workers, target_network_frequency and RMSProp's arguments.
-        new_queue: makes the queues for episodes, one for each worker: who is killed while writing blocks nobody else.
+        new_queue: makes the queues for episodes, one for each worker: one killed while writing blocks no other.
     """
 
     def __init__(self, theta: torch.Tensor, args: Args, new_queue: Callable):
-        self.theta, self.g, self.args = theta, torch.zeros_like(theta).share_memory_(), args
+        self.theta, self.args = theta, args
+        self.g = torch.zeros_like(theta).share_memory_()  # RMSProp's mean of squared gradients
         self.theta_target = theta.clone().share_memory_()  # theta-
         self.target_updates = multiprocessing.RawValue("q")
         self.steps = multiprocessing.RawArray("q", args.num_workers)  # t of each worker
-        # The sums of each metric and, last, the number of updates, of each worker
-        self.sums = [multiprocessing.RawArray("d", len(METRICS) + 1) for _ in range(args.num_workers)]
+        # A row for each worker: the sum of each metric and, last, the number of updates
+        self.sums = torch.zeros(args.num_workers, len(METRICS) + 1, dtype=torch.float64).share_memory_()
         self.done = multiprocessing.RawArray("b", args.num_workers)
         self.known_sums = np.zeros(1 + len(METRICS))
         self.stop = multiprocessing.RawValue("b")
@@ -359,11 +358,10 @@ class Shared:
         """t <- t + 1, and with it T <- T + 1.
 
         `episode` is what `RecordEpisodeStatistics` tells of one that ends with this step. It is reported first: whoever
-        reads T, and then the reports, gets all episodes up to T.
+        reads T, and then the reports, gets every episode whose last step is in T.
         """
         if episode:
-            score = {"r": float(episode["r"]), "l": episode["l"]}
-            self.episodes[worker].put((self.T + 1, worker, score, time.monotonic()))
+            self.episodes[worker].put((self.T + 1, worker, episode, time.monotonic()))
         self.steps[worker] += 1
 
     def update_target(self, T: int) -> None:
@@ -378,9 +376,8 @@ class Shared:
 
     def log(self, worker: int, metrics: dict[str, float]) -> None:
         """Add the metrics of one update."""
-        for column, name in enumerate(METRICS):
-            self.sums[worker][column] += metrics[name]
-        self.sums[worker][-1] += 1
+        row = self.sums[worker].numpy()
+        row += [*(metrics[name] for name in METRICS), 1.0]  # all at once, so that `means` finds no half of it
 
     def reported(self) -> Iterator[tuple]:
         """The episodes reported since the last call, as arguments of `Run.log_episode`."""
@@ -390,7 +387,7 @@ class Shared:
 
     def means(self) -> dict[str, float]:
         """The metrics, means over all updates since the last call; none without an update."""
-        sums = np.sum(self.sums, axis=0)
+        sums = self.sums.sum(0).numpy()
         *totals, updates = sums - self.known_sums
         self.known_sums = sums
         return {name: total / updates for name, total in zip(METRICS, totals, strict=True) if updates}
@@ -399,8 +396,9 @@ class Shared:
 def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> None:
     """One worker of algorithm 1, a thread or a process.
 
-    It acts and learns on the shared theta itself. The targets y and the gradients of the steps between two updates are
-    computed at the second one, all at once, with theta- and theta as they are then; the lecture does so at each step.
+    It acts and learns on the shared theta itself. At an update it computes the targets y and the gradients of all steps
+    since the last one at once, with theta- and theta as they are then; the lecture does so at each step. (The paper's
+    n-step method acts on a copy theta', as A3C does, and begins a new segment with each episode.)
 
     Raises:
         FloatingPointError: a gradient is not finite; theta is left as it was.
@@ -408,18 +406,18 @@ def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> 
     follow_parent()
     torch.set_num_threads(1)
     threadpool_limits(1)  # numpy's threads: those of several workers would fight for the cores
+    torch.set_flush_denormal(True)  # numbers below 1e-38, which g falls to where gradients are 0, take long to compute
     env = make_env(args.env_id, screen_size=args.screen_size)
     space = env.observation_space
     sizes = space.shape, int(env.action_space.n)
     model, target = QNetwork(*sizes, shared.theta), QNetwork(*sizes, shared.theta_target)
     parameters = list(model.parameters())
     final_epsilon = final_epsilons(args)[index]
-    dtype = space.dtype if is_image(space) else np.float32
-    observations = np.empty((args.train_frequency + 1, *space.shape), dtype)
+    observations = np.empty((args.train_frequency + 1, *space.shape), space.dtype if is_image(space) else np.float32)
     observations[0], _ = env.reset(seed=int(rng.integers(2**31)))
     actions, rewards, t = [], [], 0
 
-    # until T > T_max; when the run is stopped, the steps since the last update are learned first
+    # until T > T_max; when a run is stopped before, the steps since the last update are learned first
     while (T := shared.T) <= args.total_timesteps and (rewards or not shared.stop.value):
         n = len(rewards)  # steps since the last update; s is observations[n]
         # Take action a with epsilon-greedy policy based on Q(s, a; theta)
@@ -442,9 +440,7 @@ def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> 
             d_theta = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
             norm = d_theta.norm().item()
             if not math.isfinite(norm):
-                raise FloatingPointError(
-                    f"the gradient is {norm} at step {T + 1:,}: check --learning-rate and environment"
-                )
+                raise FloatingPointError(f"the gradient is {norm} at step {T + 1:,}: check --learning-rate and rewards")
             d_theta *= args.max_grad_norm / max(norm, args.max_grad_norm)
             learning_rate = args.learning_rate * (1 - T / args.total_timesteps if args.anneal_lr else 1.0)
             shared.update(d_theta, learning_rate)  # asynchronous update of theta using d theta
@@ -476,7 +472,7 @@ def main(args: Args) -> int:
     context.set_forkserver_preload(["torch", "gymnasium", "tyro", "tqdm", *games])
     shared = Shared(model.theta, args, context.SimpleQueue)
     if checkpoint:
-        with failing(f"the checkpoint does not fit {args.env_id} as it is installed here"):
+        with failing(f"the checkpoint does not fit {args.env_id} (as installed here; --screen-size?)"):
             model.load_state_dict(checkpoint["model"])
             shared.g.copy_(checkpoint["g"])
             shared.theta_target.copy_(checkpoint["theta_target"])
@@ -498,7 +494,8 @@ def main(args: Args) -> int:
 
     def write(with_checkpoint: bool) -> None:
         # In this order: T counts the steps of all updates in the means, and all episodes up to T have been reported.
-        means, T = shared.means() if with_checkpoint else {}, shared.T
+        means = shared.means() if with_checkpoint else {}
+        T = shared.T
         for episode in sorted(shared.reported()):
             run.log_episode(*episode)
         if means and T > run.last_step:
@@ -509,15 +506,15 @@ def main(args: Args) -> int:
     next_log = T // args.log_interval + 1
     alive = [True]
     with run:
-        with signals_blocked():  # they inherit that, so that Ctrl-C and SIGTERM reach the main process alone
+        with signals_blocked():  # workers inherit that: Ctrl-C and SIGTERM reach the main process alone
             for each in workers:
                 each.start()
         while any(alive):
-            alive = [each.is_alive() for each in workers]  # first: who ends after that is asked again
+            alive = [each.is_alive() for each in workers]  # first: a worker that ends later is seen next time
             time.sleep(0.05)  # rather than wake up for every single episode
             if shared.T == run.first_step:
                 run.start()
-            # Who has ended and is not done has raised (the traceback is on the terminal), has exited or was killed.
+            # A worker that has ended without being done has raised (see the terminal), has exited or was killed.
             failed = [index for index, is_alive in enumerate(alive) if not is_alive and not shared.done[index]]
             if failed and run.exit_code != 1:
                 run.fail(f"worker {failed[0]} has failed or was killed: {workers[failed[0]]}")

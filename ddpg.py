@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -24,7 +24,7 @@ from torch.nn.utils import get_total_norm
 
 from common.arguments import fail, failing, load_checkpoint, parse_args
 from common.evaluation import check_film, evaluate
-from common.ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_args
+from common.ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, check_args
 from common.run import Run, seed_everything
 
 SCRIPT = Path(__file__).stem
@@ -35,7 +35,7 @@ METRICS_EVERY = 50  # a row of metrics.csv is a mean over every 50th update
 @dataclass
 class Args:
     env_id: str = "Pendulum-v1"
-    """environment: any id that gymnasium.make takes, `module:Env-v0` included"""
+    """any id that gymnasium.make takes, `module:Env-v0` included"""
     seed: NonNegativeInt = 1
     """seed of everything random: the same seed gives the same run"""
     total_timesteps: PositiveInt = 10_000
@@ -44,7 +44,7 @@ class Args:
     """steps with uniformly random actions before the first update"""
     buffer_size: PositiveInt = 1_000_000
     """transitions that the replay memory R holds, no more than --total-timesteps; then the oldest are overwritten. With
-    --pixels it holds so many images and one more, and an episode of n transitions has n + 1"""
+    --pixels it holds one image more than that, and an episode of n transitions takes n + 1"""
     batch_size: PositiveInt = 64
     """N: transitions in a minibatch; each step learns from one minibatch"""
     learning_rate: PositiveFloat = 1e-3
@@ -54,13 +54,13 @@ class Args:
     gamma: Fraction = 0.99
     """discount factor"""
     reward_scale: PositiveFloat = 1.0
-    """what rewards are multiplied by when y is computed: Q of a few dozen is learned faster than of thousands"""
-    tau: Fraction = 0.005
-    """how much of the networks goes into the target networks at each step"""
+    """rewards are multiplied by this in y; Q values of a few dozen are learned faster than those of thousands"""
+    tau: Annotated[float, Range("above 0 and at most 1", lambda x: 0 < x <= 1)] = 0.005
+    """weight of the networks in each update of the target networks"""
     target_network: bool = True
-    """compute the targets y by networks that follow slowly; without: the original DPG"""
+    """compute the targets y with networks that follow slowly; without: the original DPG"""
     batch_norm: bool = False
-    """normalise by batch: observations, the actor's layers, and the critic's layers before the action"""
+    """batch normalisation of the observations, the actor's layers, and the critic's layers before the action"""
     noise: Literal["gaussian", "ou"] = "gaussian"
     """exploration of Box actions: independent normal numbers, or an Ornstein-Uhlenbeck process"""
     noise_std: NonNegativeFloat = 0.1
@@ -72,8 +72,8 @@ class Args:
     gumbel_temperature: PositiveFloat = 1.0
     """temperature of the Gumbel-Softmax samples that replace mu(s) and its noise where actions are Discrete"""
     logit_penalty: NonNegativeFloat = 1e-3
-    """weight of the mean squared output in the actor's loss, where actions are Discrete, so that these stay uncertain,
-    and with --pixels, so that tanh does not stick at its bounds; not in the paper"""
+    """weight of the mean squared output in the actor's loss: it keeps Discrete policies uncertain and, with --pixels,
+    tanh away from its bounds; not in the paper"""
     pixels: bool = False
     """learn from rendered images alone, 64x64; each action is held for three steps, which are all seen, as in the
     paper"""
@@ -86,7 +86,7 @@ class Args:
     eval_episodes: NonNegativeInt = 20
     """greedy episodes after training, on a fresh environment; 0: none"""
     capture_video: bool = False
-    """film the greedy policy of the evaluation into the run's videos/"""
+    """film the greedy policy of the evaluation into the run's videos/; with --pixels every third image"""
     evaluate: str | None = None
     """a run's folder: do not train, evaluate its checkpoint"""
     resume: str | None = None
@@ -137,7 +137,7 @@ def make_env(env_id: str, render_mode: str | None = None, pixels: bool = False) 
 
 
 def layer(inputs: int, outputs: int, batch_norm: bool) -> list[nn.Module]:
-    """A linear layer with rectifiers, whose inputs to these are normalised by batch if asked for."""
+    """A linear layer, batch normalisation if asked for, and rectifiers."""
     return [nn.Linear(inputs, outputs), *([nn.BatchNorm1d(outputs)] if batch_norm else []), nn.ReLU(inplace=True)]
 
 
@@ -145,11 +145,11 @@ class ToFloat(nn.Module):
     """Bytes as numbers from 0 to 1."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.to(torch.float32, memory_format=torch.channels_last) / 255  # convolutions are faster on that
+        return images.to(torch.float32, memory_format=torch.channels_last) / 255  # faster for convolutions
 
 
 def first_layers(shape: tuple[int, ...], batch_norm: bool) -> tuple[list[nn.Module], int, int]:
-    """What comes before the hidden layers, the numbers that come out of it, and the units of a hidden layer."""
+    """The layers before the hidden ones, how many numbers they give, and how many units a hidden layer has."""
     if len(shape) == 1:
         return [nn.BatchNorm1d(shape[0])] if batch_norm else [], shape[0], HIDDEN
     layers = [ToFloat(), *([nn.BatchNorm2d(shape[0])] if batch_norm else [])]
@@ -162,7 +162,8 @@ def first_layers(shape: tuple[int, ...], batch_norm: bool) -> tuple[list[nn.Modu
 
 def last_layer(inputs: int, outputs: int, shape: tuple[int, ...]) -> nn.Linear:
     """With small weights the first actions and values are near 0 (Lillicrap et al. 2016, section 7)."""
-    linear, bound = nn.Linear(inputs, outputs), 3e-3 if len(shape) == 1 else 3e-4
+    linear = nn.Linear(inputs, outputs)
+    bound = 3e-3 if len(shape) == 1 else 3e-4
     nn.init.uniform_(linear.weight, -bound, bound)
     nn.init.uniform_(linear.bias, -bound, bound)
     return linear
@@ -171,7 +172,7 @@ def last_layer(inputs: int, outputs: int, shape: tuple[int, ...]) -> nn.Linear:
 class Actor(nn.Module):
     """The policy mu(s).
 
-    Box actions are the network's outputs by tanh. Where actions are Discrete, mu(s) is a one-hot sample of the outputs'
+    Box actions are tanh of the network's outputs. Where actions are Discrete, mu(s) is a one-hot sample of the outputs'
     softmax that passes a gradient on (Gumbel-Softmax, straight-through).
     """
 
@@ -214,9 +215,9 @@ class Critic(nn.Module):
     """Q(s, a), where a is an action as the actor gives it.
 
     Box actions enter at the second hidden layer (Lillicrap et al. 2016, section 7). Discrete ones are one-hot and pick
-    an output: Q is linear in them, as every function of one-hot vectors can be written. Its slope, which the actor
-    climbs, is then what each action is worth; that of a network which takes a in, and has seen one-hot vectors only,
-    need not lead from one to another.
+    an output. Every function of one-hot vectors is linear in them, so nothing is lost. The slope that the actor climbs
+    is then what each action is worth. A network that took a as an input would have seen one-hot vectors only, and its
+    slope need not lead from one to another.
     """
 
     def __init__(self, shape: tuple[int, ...], action_space: spaces.Space, args: Args):
@@ -254,7 +255,7 @@ class DDPG(nn.Module):
         self.eval()
 
     def by_minibatch(self, network: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-        """The outputs of a network whose own gradient is to be taken."""
+        """The network's outputs, normalised by this minibatch: for a network whose own gradient is to be taken."""
         if not self.batch_norm:
             return network(*inputs)
         network.train()
@@ -356,10 +357,10 @@ class ImageReplayBuffer(ReplayBuffer):
         return [torch.from_numpy(part) for part in (s, a, r, self.rows["image"][(i + 1) % self.capacity], end)]
 
     def load(self, path: Path, count: int) -> None:
-        """As `ReplayBuffer.load`; the capacity may always grow."""
+        """As `ReplayBuffer.load`; the capacity may always change."""
         rows = np.load(path, mmap_mode="r")
-        kept = np.arange(max(0, count - len(rows)), count)
-        if rows.dtype != self.rows.dtype or len(kept) > self.capacity:
+        kept = np.arange(max(0, count - min(len(rows), self.capacity)), count)
+        if rows.dtype != self.rows.dtype:
             raise ValueError(f"{path} has {rows.shape} of {rows.dtype}, not {self.rows.shape} of {self.rows.dtype}")
         self.rows[kept % self.capacity], self.count = rows[kept % len(rows)], count
         self.rows["goes_on"][(count - 1) % self.capacity] = False  # the file may know of a step more than the run
@@ -404,12 +405,11 @@ def critic_loss(model: DDPG, batch: list[torch.Tensor], args: Args) -> tuple[tor
 
 
 def actor_loss(model: DDPG, observations: torch.Tensor, logit_penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """-J, where J is the mean of Q(s_i, mu(s_i)), and what else is to be minimised.
+    """-J, where J is the mean of Q(s_i, mu(s_i)), and a penalty.
 
     By the chain rule, grad J = 1/N sum grad_a Q(s, a) at s = s_i, a = mu(s_i), times grad mu(s_i) (Lillicrap et al.
-    2016, equation 6). A policy of Discrete actions that is certain neither explores nor passes a gradient on, and the
-    tanh of one that sees images soon is -1 or 1 everywhere: the mean of the squared outputs, weighted by
-    `logit_penalty`, is to be minimised, too.
+    2016, equation 6). A policy that is certain of its Discrete actions neither explores nor passes a gradient on, and
+    from images tanh soon sticks at -1 or 1. So the mean squared output, times `logit_penalty`, is to be minimised, too.
     """
     outputs = model.by_minibatch(model.actor.net, observations)
     minus_J = -model.critic(observations, model.actor.choose(outputs)).mean()
@@ -417,7 +417,7 @@ def actor_loss(model: DDPG, observations: torch.Tensor, logit_penalty: float) ->
     return minus_J, (logit_penalty * outputs.square().mean() if is_penalised else torch.zeros(()))
 
 
-@cache  # of the same networks it is asked at every step
+@cache  # called at every step for the same networks
 def float_tensors(network: nn.Module) -> list[torch.Tensor]:
     """The network's parameters and running statistics, which stay where they are in memory."""
     return [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
@@ -425,7 +425,7 @@ def float_tensors(network: nn.Module) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def soft_update(target: nn.Module, network: nn.Module, tau: float) -> None:
-    """theta' <- tau theta + (1 - tau) theta'; so do the running statistics of batch normalisation."""
+    """theta' <- tau theta + (1 - tau) theta'; the running statistics of batch normalisation follow in the same way."""
     torch._foreach_lerp_(float_tensors(target), float_tensors(network), tau)
 
 
@@ -466,17 +466,19 @@ def check_space(args: Args, row_size: int) -> int:
     disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
     free = min(psutil.virtual_memory().available, disk.free)
     if capacity * row_size > free:
-        needed = f"--buffer-size {args.buffer_size:,} needs {capacity * row_size / 2**20:,.0f} MiB of memory and disk"
-        fail(f"{needed}, and {free / 2**20:,.0f} are free: give {free // row_size:,} at most")
+        needed = f"a replay memory of {capacity:,} needs {capacity * row_size / 2**20:,.0f} MiB of memory and disk"
+        fail(f"{needed}, and {free / 2**20:,.0f} are free: give --buffer-size {free // row_size:,} at most")
     return capacity
 
 
 def main(args: Args) -> int:
     """Train, go on training or only evaluate, as `args` says. Returns the exit code."""
     check_args(args)
-    if args.tau == 0 or (args.batch_norm and args.batch_size == 1):
-        fail("--tau must be above 0, and --batch-norm needs a --batch-size of at least 2")
+    if args.batch_norm and args.batch_size == 1:
+        fail("--batch-norm needs a --batch-size of at least 2")
     checkpoint = load_checkpoint(args, SCRIPT)
+    if checkpoint and any(getattr(args, name) != checkpoint["args"][name] for name in ("pixels", "batch_norm")):
+        fail("--pixels and --batch-norm must be those of the run")
     with failing(f"{args.env_id} cannot be used"):
         eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None, args.pixels)
     if args.capture_video:
@@ -484,6 +486,7 @@ def main(args: Args) -> int:
     T = checkpoint["step"] if checkpoint else 0
     rng = seed_everything(args.seed, T)
     torch.set_num_threads(args.num_threads)
+    torch.set_flush_denormal(True)  # Adam's averages decay to numbers below 1e-38, which the CPU computes with slowly
     shape, dtype = eval_env.observation_space.shape, np.uint8 if args.pixels else np.float32
     model = DDPG(shape, eval_env.action_space, args)
     groups = {"actor": (model.actor, args.actor_learning_rate), "critic": (model.critic, args.learning_rate)}
@@ -492,8 +495,8 @@ def main(args: Args) -> int:
         with failing(f"the checkpoint does not fit {args.env_id} as it is installed here"):
             model.load_state_dict(checkpoint["model"])
             for name, optimizer in optimizers.items():
-                groups = optimizer.state_dict()["param_groups"]  # with the learning rates that are asked for now
-                optimizer.load_state_dict(checkpoint["optimizers"][name] | {"param_groups": groups})
+                # with the learning rates that are asked for now
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizers"][name]["state"]})
             replayed = checkpoint["replayed"]
     if args.evaluate is not None:
         print(f"{SCRIPT}: {evaluate(model.actor.act, eval_env, args, Path(args.evaluate))[0]}; {args.evaluate}")
@@ -541,15 +544,16 @@ def main(args: Args) -> int:
             next_observation, reward, terminated, truncated, info = env.step(action)
             next_observation = np.array(next_observation, dtype)
             if not (np.isfinite(next_observation).all() and abs(reward) < 3e38):  # what float32 can hold
-                raise FloatingPointError(f"the environment returned {next_observation} and {reward} at step {T + 1:,}")
+                raise FloatingPointError(f"{action} gave {next_observation} and reward {reward} at step {T + 1:,}")
             T += 1
             # Store the transition in R
             buffer.add(observation, action, reward, next_observation, terminated)
             observation = next_observation
             if terminated or truncated:
                 run.log_episode(T, 0, info["episode"])
-                observation = np.array(env.reset()[0], dtype)
+                # The next episode: initialize N, receive s_1
                 noise.reset()
+                observation = np.array(env.reset()[0], dtype)
             # Sample a random minibatch from R, and learn from it
             if T >= args.learning_starts:
                 metrics = update(model, optimizers, buffer.sample(args.batch_size, rng), args)

@@ -7,7 +7,6 @@ inside a trust region. To begin with: python gae.py
 
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from gymnasium.wrappers import FlattenObservation, RecordEpisodeStatistics, TransformAction
 from gymnasium.wrappers.utils import update_mean_var_count_from_moments as update_moments
+from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -36,7 +36,7 @@ LINE_SEARCH_STEPS = 10  # step lengths that are tried, each half of the one befo
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"
-    """environment: any id that gymnasium.make takes, `module:Env-v0` included"""
+    """any id that gymnasium.make takes, `module:Env-v0` included"""
     seed: NonNegativeInt = 1
     """seed of everything random: the same seed gives the same run"""
     total_timesteps: PositiveInt = 150_000
@@ -44,7 +44,7 @@ class Args:
     num_envs: PositiveInt = 8
     """environments, stepped in turn"""
     batch_size: PositiveInt = 2_000
-    """steps between two updates, of all environments together; less by as much as makes the batches equally long"""
+    """steps between two updates, of all environments together; rounded, so that all batches are equally long"""
     gamma: Fraction = 0.99
     """discount factor"""
     gae_lambda: Fraction = 0.95
@@ -60,7 +60,7 @@ class Args:
     vf_epochs: PositiveInt = 5
     """passes over the batch in which the value function is fitted"""
     minibatch_size: PositiveInt = 250
-    """steps in each minibatch of these passes"""
+    """at least so many steps make a minibatch of these passes"""
     norm_obs: bool = True
     """subtract the observations' running mean and divide by their running standard deviation; the first hundredth of
     the steps, a batch at most, only measures these"""
@@ -103,7 +103,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         raise ValueError(f"gae.py needs Discrete actions or a Box of real numbers, not {space}")
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     has_bounds = (low > -1e9) & (high < 1e9)  # beyond that, no bound is meant
-    scale = np.where(has_bounds, (high - low) / 2, 1)
+    scale = np.where(has_bounds, high / 2 - low / 2, 1)
     center = np.where(has_bounds, low + scale, np.clip(0, low, high))
 
     def to_bounds(action: np.ndarray) -> np.ndarray:
@@ -225,9 +225,10 @@ def compute_gae(rewards, values, next_values, terminated, truncated, gamma: floa
         delta_t = r_t + gamma V(s_{t+1}) - V(s_t)       A_t = delta_t + gamma lambda A_{t+1}
 
     which is the sum over l of (gamma lambda)^l delta_{t+l}, as far as the episode and the batch go, and the mean of the
-    k-step advantages A^(k) weighted by (1 - lambda) lambda^(k-1). A^(k) has k terms, gamma^l delta_{t+l} for l = 0 to
-    k - 1; the slide's sum goes on to k, one too far. V of a terminal state is 0. A time limit is not terminal: there,
-    and where the batch ends, V(s_{t+1}) stands for what is beyond.
+    k-step advantages A^(k) weighted by (1 - lambda) lambda^(k-1), the last of which takes the weight that is left.
+    A^(k) has k terms, gamma^l delta_{t+l} for l = 0 to k - 1; the slide's sum goes on to k, one too far. V of a
+    terminal state is 0. A time limit is not terminal: there, and where the batch ends, V(s_{t+1}) stands for what is
+    beyond.
 
     Args: arrays of shape (steps, environments)
         rewards: r_t.
@@ -255,7 +256,7 @@ def flat_grad(output: torch.Tensor, parameters: list[nn.Parameter], **options) -
     return parameters_to_vector(torch.autograd.grad(output, parameters, **options))
 
 
-def fisher_vector_product(kl: torch.Tensor, parameters: list[nn.Parameter], damping: float) -> Callable:
+def fisher_vector_product(kl: torch.Tensor, parameters: list[nn.Parameter], damping: float):
     """v -> (F + damping I) v, with the Fisher matrix F as the Hessian of the mean KL divergence from the old policy.
 
     F is never built: F v is the gradient of (gradient of KL) . v (Schulman et al. 2015, appendix C.1).
@@ -264,12 +265,12 @@ def fisher_vector_product(kl: torch.Tensor, parameters: list[nn.Parameter], damp
     return lambda v: flat_grad(d_kl @ v, parameters, retain_graph=True) + damping * v
 
 
-def conjugate_gradients(product: Callable, b: torch.Tensor, iterations: int, tolerance: float = 1e-10) -> torch.Tensor:
+def conjugate_gradients(product, b: torch.Tensor, iterations: int, tolerance: float = 1e-10) -> torch.Tensor:
     """Solve A x = b for the positive definite matrix A that `product` multiplies by. Shapes (n,)."""
     x, residual = torch.zeros_like(b), b.clone()
     direction, squared = residual, residual @ residual
     for _ in range(iterations):
-        if squared < tolerance:
+        if squared <= tolerance * (b @ b):
             break
         A_direction = product(direction)
         alpha = squared / (direction @ A_direction)
@@ -401,6 +402,7 @@ def main(args: Args) -> int:
     T = checkpoint["step"] if checkpoint else 0
     rng = seed_everything(args.seed, T)
     torch.set_num_threads(1)
+    threadpool_limits(1)
     model = ActorCritic(eval_env.observation_space.shape[0], eval_env.action_space)
     groups = {"actor": model.policy_parameters(), "critic": model.critic.parameters()}
     optimizers = {name: torch.optim.Adam(group, args.learning_rate, fused=True) for name, group in groups.items()}
@@ -408,8 +410,8 @@ def main(args: Args) -> int:
         with failing(f"the checkpoint does not fit {args.env_id} as it is installed here"):
             model.load_state_dict(checkpoint["model"])
             for name, optimizer in optimizers.items():
-                groups = optimizer.state_dict()["param_groups"]  # with the learning rates that are asked for now
-                optimizer.load_state_dict(checkpoint["optimizers"][name] | {"param_groups": groups})
+                # with the learning rates that are asked for now
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizers"][name]["state"]})
     if args.evaluate is not None:
         print(f"{SCRIPT}: {evaluate(model.act, eval_env, args, Path(args.evaluate))[0]}; {args.evaluate}")
         return 0
@@ -433,8 +435,8 @@ def main(args: Args) -> int:
         while T < args.total_timesteps:
             left = args.total_timesteps - T
             is_first = args.norm_obs and model.observations.count == 0
-            # The steps are divided evenly over the batches. The first, of a hundredth of the steps at most, which are
-            # still random, gives the first statistics of observations.
+            # Steps are divided evenly over the batches. The first batch, at most a hundredth of the steps, is played by
+            # the untrained policy and only measures the observations.
             batches = max(100 if is_first else 1, math.ceil(left / args.batch_size))
             steps = math.ceil(left / batches / args.num_envs)
             batch = collect(model, envs, current, steps, T, run, rng)

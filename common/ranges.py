@@ -22,7 +22,7 @@ Fraction = Annotated[float, Range("between 0 and 1", lambda x: 0 <= x <= 1)]
 
 
 def check_args(args) -> None:
-    """`fail` if a number lies outside of the range in its annotation. NaN lies outside of every range."""
+    """`fail` if a number lies outside of its range, as NaN does, or if an evaluation is asked for without episodes."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         values = getattr(args, name)
         for value in values if isinstance(values, tuple) else (values,):

@@ -68,8 +68,8 @@ class Run:
     Args:
         script: the script's name, without .py.
         args: its arguments; `resume` names the folder to go on in, otherwise a new one is made.
-        metrics: the columns of metrics.csv beside `step` and `time`, each with its family in TensorBoard
-            (`{"policy_loss": "losses", ...}`).
+        metrics: the columns of metrics.csv beside `step`, `time` and `steps_per_second`, each with its family in
+            TensorBoard (`{"policy_loss": "losses", ...}`).
         facts: what args.json holds besides the arguments and the versions.
         checkpoint: of the run to go on with. Rows beyond its step are taken out: those steps are taken again.
     """
@@ -132,7 +132,7 @@ class Run:
 
         `episode` is what the wrapper `RecordEpisodeStatistics` puts into `info` at the end of an episode.
         """
-        # One that ends with the very first step may be seen before `start` is called: it ends then.
+        # An episode that ends with the very first step may be logged before `start`: it counts as ending then.
         seconds, score = max(self.first_seconds, (now or time.monotonic()) - self.zero), float(episode["r"])
         self.episodes.write({"step": step, "time": seconds, "worker": worker, "return": score, "length": episode["l"]})
         self.recent = [*self.recent[-49:], (score, episode["l"])]
@@ -172,7 +172,7 @@ class Run:
         """
         # By numpy, because workers may be writing: torch compares each number with itself, and would find it changed.
         if not all(np.isfinite(leaf.numpy()).all() for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)):
-            raise FloatingPointError(f"a parameter is not finite at step {step:,}: the checkpoint before it stays")
+            raise FloatingPointError(f"a parameter is not finite at step {step:,}: no checkpoint is written")
         about = {"script": self.script, "args": vars(self.args), "step": step, "seconds": self.seconds()}
         torch.save(about | state, self.folder / "checkpoint.tmp")
         os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")

@@ -87,6 +87,13 @@ def nothing_is_left_running():
 
 
 @pytest.fixture(autouse=True)
+def subnormal_numbers():
+    """A script turns them off; other tests need them."""
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture(autouse=True)
 def visible_tracebacks(monkeypatch):
     """A thread that raises prints its traceback, as it does without pytest."""
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)

@@ -110,6 +110,13 @@ class Threads(Probe):
         return float(max(library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"))
 
 
+class Subnormal(Probe):
+    """The reward is 1 where numbers below 1e-38 stay what they are, 0 where they are taken for 0."""
+
+    def play(self, action):
+        return float(np.float32(1e-39) * np.float32(1) > 0)
+
+
 class Script(Probe):
     """Random observations and rewards; episodes end by turns in a terminal state and at a time limit.
 

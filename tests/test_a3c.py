@@ -171,10 +171,10 @@ def test_shared_keeps_what_workers_tell():
         shared.count_step(worker, {"r": 7, "l": shared.T + 1, "t": 0.1})
         shared.log(worker, {name: shared.T * len(name) for name in reversed(a3c.METRICS)})
     assert (shared.T, *shared.steps) == (3, 0, 1, 2)
-    assert [sums[-1] for sums in shared.sums] == [0, 1, 2]  # each worker writes where no other does
+    assert shared.sums[:, -1].tolist() == [0, 1, 2]  # each worker writes where no other does
     assert shared.means() == {name: 2 * len(name) for name in a3c.METRICS}
     *columns, times = zip(*sorted(shared.reported()), strict=True)
-    assert columns == [(1, 2, 3), (1, 2, 2), ({"r": 7, "l": 1}, {"r": 7, "l": 2}, {"r": 7, "l": 3})]
+    assert columns == [(1, 2, 3), (1, 2, 2), tuple({"r": 7, "l": number, "t": 0.1} for number in (1, 2, 3))]
     assert start <= times[0] <= times[2] <= time.monotonic()
     assert (list(shared.reported()), shared.means()) == ([], {})  # nothing new since the last call
 
@@ -226,7 +226,7 @@ def test_worker_follows_the_pseudo_code(env_id, anneal_lr, stop_after):
             ends.append(tuple(end))
             observation, T = following, T + 1
         if any(end):
-            reports.append((T, 1, {"r": info["episode"]["r"], "l": info["episode"]["l"]}))
+            reports.append((T, 1, info["episode"]["r"], info["episode"]["l"]))
             observation, _ = env.reset()
         gradient, means = pseudo_code(model, steps, shared.args)
         norms.append(gradient.norm().item())
@@ -235,10 +235,10 @@ def test_worker_follows_the_pseudo_code(env_id, anneal_lr, stop_after):
     assert len(set(ends)) == 3  # going on, a terminal state, a time limit
     assert T == min(stop_after, 158)
     assert shared.steps[:] == [10, T - 10]
-    assert [sums[-1] for sums in shared.sums] == [0, len(logged)]
+    assert shared.sums[:, -1].tolist() == [0, len(logged)]
     assert min(norms) < 20 < max(norms)
     np.testing.assert_allclose(list(shared.means().values()), np.mean(logged, axis=0), rtol=1e-4)
-    assert [report[:3] for report in shared.reported()] == reports
+    assert [(T, worker, score["r"], score["l"]) for T, worker, score, _ in shared.reported()] == reports
     assert shared.done[:] == [0, 1]
     assert [tensor.is_shared() for tensor in (shared.theta, shared.g)] == [True, True]
 

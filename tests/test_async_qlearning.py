@@ -244,13 +244,13 @@ def test_worker_follows_the_pseudo_code(monkeypatch, target, n_step, anneal_lr, 
         assert rate == pytest.approx(0.01 * (1 - (T - 1) / T_max if anneal_lr else 1))
         logged.append([*means.values(), norm, rate, epsilon])
         if any(end):
-            reports.append((T, 1, {"r": info["episode"]["r"], "l": info["episode"]["l"]}))
+            reports.append((T, 1, info["episode"]["r"], info["episode"]["l"]))
             (observation, _), next_action = env.reset(), None
     assert set(ends) == {(False, False), (True, False), (False, True)}
     assert {norm > 20 for _, _, norm, *_ in logged} == {True, False}
     assert shared.T == T or (shared.T - T < 5 and stop_after == inf)  # a rest is learned only when told to stop
     np.testing.assert_allclose(list(shared.means().values()), np.mean(logged, axis=0), rtol=1e-4)
-    assert [report[:3] for report in shared.reported()] == reports
+    assert [(T, worker, score["r"], score["l"]) for T, worker, score, _ in shared.reported()] == reports
     assert (shared.T, shared.done[:], shared.steps[0]) == (min(stop_after, T_max + 1), [0, 1], 6)
 
 

@@ -104,11 +104,11 @@ def test_what_no_script_takes(refuse, script, arguments, text):
             ("--pixels", "--env-id", "image_probes:PaintedForTwoActions-v0"),
             "needs a Box of real numbers with bounds",
         ),
-        (ddpg, ("--tau", 1.5), "--tau must be between 0 and 1, not 1.5"),
+        (ddpg, ("--tau", 1.5), "--tau must be above 0 and at most 1, not 1.5"),
         (ddpg, ("--final-noise-std", -0.1), "--final-noise-std must be at least 0, not -0.1"),
-        (ddpg, ("--tau", 0), "--tau must be above 0"),
+        (ddpg, ("--tau", 0), "--tau must be above 0 and at most 1, not 0"),
         (ddpg, ("--batch-norm", "--batch-size", 1), "--batch-norm needs a --batch-size of at least 2"),
-        (ddpg, ("--buffer-size", 10**13, "--total-timesteps", 10**13), "--buffer-size 10,000,000,000,000 needs"),
+        (ddpg, ("--buffer-size", 10**13, "--total-timesteps", 10**13), "memory of 10,000,000,000,000 needs"),
     ],
     ids=str,
 )
@@ -166,6 +166,7 @@ def test_resuming_ddpg_needs_the_whole_replay_memory(train, refuse):
         path.write_bytes(data)
         line = refuse(ddpg, "--resume", folder, "--total-timesteps", 90)
         assert line.startswith("--resume needs the replay memory as the run left it")
+    assert refuse(ddpg, "--evaluate", folder, "--batch-norm") == "--pixels and --batch-norm must be those of the run"
     path.unlink()
     line = refuse(ddpg, "--resume", folder, "--total-timesteps", 90)
     assert line.startswith("--resume needs the replay memory as the run left it")

@@ -70,6 +70,20 @@ def test_an_episode_is_reported_before_its_last_step_is_counted(script):
 
 
 @each_script(*WITH_WORKERS)
+def test_metrics_are_read_whole(script):
+    """Also by a main process that looks while a worker logs."""
+
+    class Metrics(dict):
+        def __getitem__(self, name):
+            read.append(shared.means())
+            return super().__getitem__(name)
+
+    shared, read = script.Shared(torch.ones(1), script.Args(num_workers=1), list), []
+    shared.log(0, Metrics.fromkeys(script.METRICS, 3.0))
+    assert [means for means in [*read, shared.means()] if means] == [dict.fromkeys(script.METRICS, 3.0)]
+
+
+@each_script(*WITH_WORKERS)
 def test_no_checkpoint_counts_an_episode_that_is_not_in_the_table(train, monkeypatch, script):
     """Not even one that ends while the main process writes."""
     reported = script.Shared.reported

@@ -1,6 +1,5 @@
 """Observations that are images, in a3c.py and async_qlearning.py; MinAtar and Atari where they are installed."""
 
-import json
 import sys
 
 import gymnasium as gym
@@ -9,7 +8,6 @@ import pytest
 import torch
 from conftest import WITH_WORKERS, each_script, load, tables
 from gymnasium import spaces
-from threadpoolctl import threadpool_limits
 
 import a3c
 import async_qlearning
@@ -197,15 +195,6 @@ def test_a_probe_of_images_is_learned(train, script, name):
     else:
         np.testing.assert_allclose(result[range(50), sides].mean().item(), 1, atol=0.2)
         np.testing.assert_allclose(result[range(50), other].mean().item(), -1, atol=0.3)
-
-
-@each_script(*WITH_WORKERS)
-@pytest.mark.parametrize("backend", ["thread", "process"])
-def test_numpy_takes_one_thread_in_workers_and_evaluation(train, script, backend):
-    threadpool_limits(2)
-    _, folder = train(script, env_id="probes:Threads-v0", backend=backend, total_timesteps=20, eval_episodes=1)
-    assert set(tables(folder)[0]["return"]) == {1}
-    assert json.loads((folder / "evaluation.json").read_text())["returns"] == [1]
 
 
 @each_script(*WITH_WORKERS)

@@ -181,9 +181,9 @@ def test_file_of_images_that_does_not_fit_is_refused(tmp_path):
     path, buffer = tmp_path / "replay.npy", ImageReplayBuffer(5, (3, 2, 2), 2)
     Experience().play(buffer, 5, False)
     buffer.create(path)
-    for capacity, shape, actions in (4, (3, 2, 2), 2), (5, (3, 2, 3), 2), (5, (3, 2, 2), 1):
+    for shape, actions in ((3, 2, 3), 2), ((3, 2, 2), 1):
         with pytest.raises(ValueError, match="has "):
-            ImageReplayBuffer(capacity, shape, actions).load(path, buffer.count)
+            ImageReplayBuffer(5, shape, actions).load(path, buffer.count)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="mmap"):
         ImageReplayBuffer(5, (3, 2, 2), 2).load(path, buffer.count)
