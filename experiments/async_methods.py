@@ -13,7 +13,7 @@ only the first counts, whose epsilon ends at 0.01; the others explore more. Prin
 over 20 episodes after training, and that of the last 100 of these training episodes: the mean over the seeds with its
 95 % bootstrap interval, and all of them. A random policy plays 300 episodes.
 
-The picture, docs/async_methods.png, shows score over hours and over steps. A run that fails is left out and reported,
+The picture, async_methods.png, shows score over hours and over steps. A run that fails is left out and reported,
 and the exit code is 1.
 """
 
@@ -94,7 +94,7 @@ def show(runs: pd.DataFrame, args: Args) -> None:
             axes.set(xlabel=label, ylabel="score", title=game)
     labels = {label: line for axes in panels[0] for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(labels.values(), labels, loc="outside lower center", ncols=len(args.methods))
-    tools.save_figure(figure, "async_methods.png", args.results)
+    tools.save_figure(figure, args.pictures / "async_methods.png")
     for kind, table in scores.items():
         tools.print_table(f"{kind}, {args.steps:,} steps", table)
 

@@ -12,7 +12,7 @@ leaves some out). `--seeds 21 --total-timesteps 1500` is a trial.
 
 The table has the greedy return, a mean over 20 episodes after training, and the return of training, the mean of the
 episodes that end in the last fifth of the steps: mean over the seeds with its 95 % bootstrap interval, and all of them.
-The picture, docs/ddpg_branches.png, shows the returns of training episodes. A run that fails is left out and reported,
+The picture, ddpg_branches.png, shows the returns of training episodes. A run that fails is left out and reported,
 and the exit code is 1.
 """
 
@@ -91,7 +91,7 @@ def main(args: Args) -> int:
             tools.print_table(f"{title}, {steps:,} steps", pd.DataFrame(rows).T)
         parts.append(runs)
     tools.succeeded(pd.concat(parts))
-    tools.save_figure(figure, "ddpg_branches.png", args.results)
+    tools.save_figure(figure, args.pictures / "ddpg_branches.png")
     return tools.finish(*parts)
 
 

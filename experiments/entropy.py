@@ -6,7 +6,7 @@
 
 A quarter of an hour on two cores for CartPole-v1; `--seeds 21 --total-timesteps 20000` is a trial. Every run is a3c.py
 with 8 workers and its defaults but --ent-coef. The table has the greedy return, a mean over 20 episodes after training.
-The picture, docs/entropy_CartPole-v1.png, shows the policy's entropy and the returns of training episodes. A run that
+The picture, entropy_CartPole-v1.png, shows the policy's entropy and the returns of training episodes. A run that
 fails is left out and reported, and the exit code is 1.
 """
 
@@ -47,7 +47,7 @@ def main(args: Args) -> int:
     left.set(xlabel="environment steps", ylabel="entropy of the policy", title=args.env_id)
     right.set(xlabel="environment steps", ylabel="training return", title=args.env_id)
     right.legend()
-    tools.save_figure(figure, f"entropy_{args.env_id.replace('/', '-')}.png", args.results)
+    tools.save_figure(figure, args.pictures / f"entropy_{args.env_id.replace('/', '-')}.png")
     return tools.finish(runs)
 
 

@@ -6,7 +6,7 @@
 Half an hour on two cores; `--seeds 21 --total-timesteps 20000` is a trial. Every run is async_qlearning.py on
 CartPole-v1 with 8 workers, whose epsilons end at 0.1, 0.01 or 0.5, or all at one of these. The table has the greedy
 return, a mean over 20 episodes after training, and the seconds and steps until the greedy policy first reached 400, by
-its checkpoints. The picture, docs/exploration.png, shows on the left the epsilon of each worker over the steps, from
+its checkpoints. The picture, exploration.png, shows on the left the epsilon of each worker over the steps, from
 the args.json of a run, and on the right the returns of the first worker's training episodes. A run that fails is left
 out and reported, and the exit code is 1.
 """
@@ -68,7 +68,7 @@ def main(args: Args) -> int:
         tools.draw_curves(right, group["curve"].tolist(), f"C{number}", name)
     right.set(xlabel="environment steps", ylabel="return of the first worker", title="CartPole-v1")
     right.legend(fontsize="small")
-    tools.save_figure(figure, "exploration.png", args.results)
+    tools.save_figure(figure, args.pictures / "exploration.png")
     return tools.finish(runs)
 
 

@@ -7,7 +7,7 @@ About 25 minutes on two cores. It is figure 2, on the right, of Schulman et al. 
 cart-pole task after 20 iterations and has its best results where both are intermediate. Here a run is `gae.py` with
 its defaults but gamma and lambda, on CartPole-v1, for 40,000 steps, which are 20 batches. It has two results: the mean
 return of the training episodes that end in the last fifth of the steps, how good it has become, and of all its
-episodes, how soon. The tables and the heat maps, docs/gae_gamma_lambda.png, have the means over the seeds; the last
+episodes, how soon. The tables and the heat maps, gae_gamma_lambda.png, have the means over the seeds; the last
 table has the best fields with their intervals. A run that fails
 is left out and reported, and the exit code is 1.
 """
@@ -54,7 +54,7 @@ def draw(tables: dict[str, pd.DataFrame], title: str, args: Args) -> None:
                 color = "black" if image.norm(value) > 0.5 else "white"
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=color)
         figure.colorbar(image, label="mean return")
-    tools.save_figure(figure, "gae_gamma_lambda.png", args.results)
+    tools.save_figure(figure, args.pictures / "gae_gamma_lambda.png")
 
 
 def main(args: Args) -> int:

@@ -5,7 +5,7 @@
 
 About 20 minutes on two cores; `--seeds 21` is a trial of two. The table has the mean return over 20 greedy episodes
 after training, and how many runs reach 475 on CartPole-v1 or -200 on Pendulum-v1. The picture,
-docs/learning_curves.png, shows the return of training episodes, exploration included, over the environment steps of all
+learning_curves.png, shows the return of training episodes, exploration included, over the environment steps of all
 workers: a thin line for each seed, and their mean thick with its interval.
 
 Workers are processes, so runs of a3c.py and async_qlearning.py go one after the other; of gae.py and ddpg.py
@@ -58,7 +58,7 @@ def main(args: Args) -> int:
         if len(runs) > 1 and len(learned):
             axes.legend(loc="lower right")
     tools.succeeded(pd.concat(parts))
-    tools.save_figure(figure, "learning_curves.png", args.results)
+    tools.save_figure(figure, args.pictures / "learning_curves.png")
     tools.print_table(f"defaults of: {tools.RETURN}", pd.concat(tables))
     return tools.finish(*parts)
 

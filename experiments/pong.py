@@ -4,10 +4,9 @@
     python experiments/pong.py
 
 One run of an hour or more on two cores. Ctrl-C or SIGTERM saves it, and the same command goes on with it. When it has
-ended, experiments/results/pong/ has its curve, its args.json, its evaluation and its checkpoint:
-`python a3c.py --evaluate experiments/results/pong --capture-video` films it. The picture, docs/pong.png, is drawn from
-the curve: the mean score of the last 20 training games, exploration included. It can be drawn while the run goes on,
-too (`--draw-only`).
+ended, experiments/results/pong/ has its curve, its args.json, its evaluation and its checkpoint; give another seed
+another --results folder. The picture, pong.png, is drawn from the curve: the mean score of the last 20 training games,
+exploration included. It can be drawn while the run goes on, too (`--draw-only`).
 """
 
 import json
@@ -23,7 +22,6 @@ import tools
 
 SETTINGS = "--env-id=ale_py:PongNoFrameskip-v4 --num-workers=2 --t-max=20 --learning-rate=2e-4 --rmsprop-eps=1e-5"
 SETTINGS += " --ent-coef=0.01 --max-grad-norm=40 --log-interval=20000"
-RESULTS = tools.RESULTS / "pong"
 
 
 @dataclass
@@ -35,25 +33,29 @@ class Args:
     draw_only: bool = False
     """draw what there is of the run, and do not go on with it"""
     log_dir: Path = Path("runs/pong")
-    """where the run is kept"""
+    """where the run is"""
+    results: Path = tools.RESULTS / "pong"
+    """where it is kept when it has ended"""
+    pictures: Path = Path("runs/experiments")
+    """where the picture goes"""
 
 
-def keep(run: Path) -> None:
+def keep(run: Path, results: Path) -> None:
     """Write the curve of a run that has ended, a row for each game, and what else there is to keep."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    tools.read_table(run, "episodes").drop(columns="worker").round(1).to_csv(RESULTS / "games.csv.gz", index=False)
+    results.mkdir(parents=True, exist_ok=True)
+    tools.read_table(run, "episodes").drop(columns="worker").round(1).to_csv(results / "games.csv.gz", index=False)
     for name in ("args.json", "evaluation.json", "checkpoint.pt"):
-        shutil.copy(run / name, RESULTS)
+        shutil.copy(run / name, results)
 
 
 def is_kept(args: Args) -> bool:
-    """Whether RESULTS has this run."""
-    file = RESULTS / "args.json"
+    """Whether this run is among the results."""
+    file = args.results / "args.json"
     kept = json.loads(file.read_text()) if file.exists() else {}
     return (kept.get("seed"), kept.get("total_timesteps")) == (args.seed, args.steps)
 
 
-def draw(games: pd.DataFrame) -> None:
+def draw(games: pd.DataFrame, picture: Path) -> None:
     figure, ((over_hours, over_steps),) = tools.new_figure(1, 2)
     for axes, x, label in (
         (over_hours, games["time"] / 3600, "hours"),
@@ -63,7 +65,7 @@ def draw(games: pd.DataFrame) -> None:
         axes.plot(x, games["return"].rolling(20).mean(), linewidth=2)
         axes.set(xlabel=label, ylabel="score", title="a3c.py, Pong")
         axes.grid(alpha=0.3)
-    tools.save_figure(figure, "pong.png")
+    tools.save_figure(figure, picture)
     last = games["return"].tail(20).mean()
     reached = games[games["return"].rolling(20).mean() >= 18]
     first = f"{reached['step'].iloc[0]:,} steps" if len(reached) else "not reached"
@@ -71,8 +73,9 @@ def draw(games: pd.DataFrame) -> None:
 
 
 def main(args: Args) -> int:
+    picture = args.pictures / "pong.png"
     if is_kept(args):
-        draw(pd.read_csv(RESULTS / "games.csv.gz"))
+        draw(pd.read_csv(args.results / "games.csv.gz"), picture)
         return 0
     pattern, code = f"*__a3c__{args.seed}__*/checkpoint.pt", 0
     runs = sorted(args.log_dir.glob(pattern))
@@ -88,8 +91,8 @@ def main(args: Args) -> int:
         print("There is no run yet.")
         return code or 1
     if code == 0 and not args.draw_only:
-        keep(runs[-1].parent)
-    draw(tools.read_table(runs[-1].parent, "episodes"))
+        keep(runs[-1].parent, args.results)
+    draw(tools.read_table(runs[-1].parent, "episodes"), picture)
     return code
 
 

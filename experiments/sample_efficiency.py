@@ -11,7 +11,7 @@ The measure is the mean return of the last 20 training episodes, exploration inc
 seconds of training until it is at least -300 and -200. Beside that stands the greedy return, a mean over 20 episodes
 after training. Runs go one after the other, so that seconds can be compared.
 
-The picture, docs/sample_efficiency.png, shows the returns of training episodes over the steps, on a logarithmic scale.
+The picture, sample_efficiency.png, shows the returns of training episodes over the steps, on a logarithmic scale.
 A run that fails is left out and reported, and the exit code is 1.
 """
 
@@ -68,7 +68,7 @@ def main(args: Args) -> int:
         axes.axhline(target, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xscale="log", xlabel="environment steps", ylabel="training return", title="Pendulum-v1")
     axes.legend(loc="lower right")
-    tools.save_figure(figure, "sample_efficiency.png", args.results)
+    tools.save_figure(figure, args.pictures / "sample_efficiency.png")
     return tools.finish(all_runs)
 
 

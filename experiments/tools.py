@@ -77,8 +77,9 @@ class Options:
     draw_only: bool = False
     """run nothing, show what is kept"""
     results: Path = RESULTS
-    """where what each run has reached is kept; a run that is kept there is not run again. Pictures go there, too,
-    unless it is experiments/results/: then into docs/"""
+    """where what each run has reached is kept; a run that is kept there is not run again"""
+    pictures: Path = Path("runs/experiments")
+    """where pictures go"""
     log_dir: Path = Path("runs/experiments")
     """where run folders go"""
 
@@ -429,12 +430,12 @@ def draw_curves(axes, curves: list[pd.DataFrame], color: str, label: str, x: str
     axes.grid(alpha=0.3)
 
 
-def save_figure(figure, name: str, results: Path = RESULTS) -> None:
-    """Write the picture into docs/, or into another folder of `results`, with few colours so that the file is small."""
+def save_figure(figure, path: Path) -> None:
+    """Write the picture, with few colours so that the file is small, and say where it is."""
     from PIL import Image
 
     figure.canvas.draw()
     image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-    image.quantize(128, dither=Image.Dither.NONE).save(
-        (ROOT / "docs" if results == RESULTS else results) / name, optimize=True
-    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(f"{path} has been drawn")
