@@ -31,6 +31,7 @@ import tools
 import torch
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from threadpoolctl import threadpool_limits
 
 from common.arguments import fail, failing, load_checkpoint, parse_args
 from common.evaluation import check_film, evaluate
@@ -233,6 +234,7 @@ def main(script: ModuleType, args) -> int:
         eval_env = script.make_env(args.env_id, "rgb_array" if args.capture_video else None, args.screen_size)
     if args.capture_video:
         check_film(eval_env)
+    threadpool_limits(1)
     seed_everything(args.seed, 0)
     model = new_model(script, eval_env)
     if checkpoint:

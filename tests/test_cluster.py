@@ -28,9 +28,9 @@ FOR_EVER = {"total_timesteps": 10**9, "log_interval": 500, "eval_episodes": 1}
 SMALL = {"object_store_memory": 10**8}
 
 
-def on_a_cluster(test):
-    """There is one cluster, in one of pytest's processes."""
-    return pytest.mark.xdist_group("cluster")(pytest.mark.timeout(300)(test))
+def on_a_cluster(group: str) -> Callable:
+    """Each group has a cluster of its own, in one of pytest's processes."""
+    return lambda test: pytest.mark.xdist_group(group)(pytest.mark.timeout(300)(test))
 
 
 # On a cluster of two nodes with a CPU each
@@ -134,7 +134,7 @@ def processes(title: str) -> list[psutil.Process]:
     return found
 
 
-@on_a_cluster
+@on_a_cluster("runs")
 def test_the_run_goes_on_without_a_worker_and_without_a_node(run, cluster):
     program = run("cluster_a3c.py", address=cluster.address, num_workers=2, **FOR_EVER)
     folder = program.files("metrics.csv", lines=2)[0].parent
@@ -157,7 +157,7 @@ def test_the_run_goes_on_without_a_worker_and_without_a_node(run, cluster):
     assert step + 500 < load(folder)["step"] <= step + 500 + 32
 
 
-@on_a_cluster
+@on_a_cluster("runs")
 def test_the_server_is_lost(run, cluster):
     program = run("cluster_a3c.py", address=cluster.address, num_workers=1, **FOR_EVER)
     folder = program.files("metrics.csv", lines=3)[0].parent
@@ -170,7 +170,7 @@ def test_the_server_is_lost(run, cluster):
     assert load(folder)["step"] > 0
 
 
-@on_a_cluster
+@on_a_cluster("runs")
 def test_a_worker_that_raises_ends_the_run(cluster, tmp_path, capsys):
     options = {"env_id": "faulty:Failing-v0", "num_workers": 1, "total_timesteps": 1000, "t_max": 10}
     args = cluster_a3c.args_class("a3c")(**options, address=cluster.address, log_dir=str(tmp_path))
@@ -180,7 +180,7 @@ def test_a_worker_that_raises_ends_the_run(cluster, tmp_path, capsys):
     assert load(checkpoint.parent)["step"] == 35  # an episode has 5 steps
 
 
-@on_a_cluster
+@on_a_cluster("sweeps")
 @pytest.mark.usefixtures("one_cluster")
 def test_asynchronous_q_learning_on_this_machine_alone(tmp_path):
     options = {"num_workers": 2, "lag": 1, "total_timesteps": 1000, "eval_episodes": 3}
@@ -194,7 +194,7 @@ def test_asynchronous_q_learning_on_this_machine_alone(tmp_path):
     assert checkpoint["theta_target"].shape == checkpoint["g"].shape
 
 
-@on_a_cluster
+@on_a_cluster("sweeps")
 def test_a_sweep_survives_the_loss_of_a_node_and_sigterm(run, cluster, gate, capsys):
     grid = ["num_workers=1", "log_interval=10", "total_timesteps=100", "t_max=5,6"]
     env_id = "faulty:Waits-v0"
@@ -219,7 +219,7 @@ def test_a_sweep_survives_the_loss_of_a_node_and_sigterm(run, cluster, gate, cap
     assert f"| a3c.py {env_id} t_max=6 | 1 |" in capsys.readouterr().out
 
 
-@on_a_cluster
+@on_a_cluster("sweeps")
 def test_a_sweep_reports_what_fails_and_skips_what_is_finished(cluster, tmp_path, capsys):
     grid = "num_workers=1", "total_timesteps=100", "eval_episodes=1"
     options = {"seeds": "3", "address": cluster.address, "log_dir": tmp_path, "grid": grid}
