@@ -376,8 +376,8 @@ class Shared:
 
     def log(self, worker: int, metrics: dict[str, float]) -> None:
         """Add the metrics of one update."""
-        row = self.sums[worker].numpy()
-        row += [*(metrics[name] for name in METRICS), 1.0]  # all at once, so that `means` finds no half of it
+        # all at once, so that `means` finds no half of it
+        self.sums.numpy()[worker] += [*(metrics[name] for name in METRICS), 1.0]
 
     def reported(self) -> Iterator[tuple]:
         """The episodes reported since the last call, as arguments of `Run.log_episode`."""
