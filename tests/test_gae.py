@@ -151,6 +151,8 @@ def test_conjugate_gradients_solve_in_as_many_steps_as_there_are_eigenvalues():
     for n, is_solved in ((2, False), (3, True), (50, True)):
         assert torch.allclose(conjugate_gradients(lambda v: A @ v, b, n), torch.linalg.solve(A, b)) == is_solved
     assert torch.equal(conjugate_gradients(lambda v: A @ v, 0 * b, 3), 0 * b)
+    tiny = 1e-7 * b  # as gradients of a nearly deterministic policy are
+    assert torch.allclose(conjugate_gradients(lambda v: A @ v, tiny, 3), torch.linalg.solve(A, tiny), atol=0)
 
 
 @pytest.mark.parametrize(("space", "seed", "max_kl", "halvings"), [(0, 0, 0.01, 0), (1, 0, 0.01, 0), (1, 7, 1.0, 1)])
