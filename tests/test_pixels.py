@@ -137,16 +137,16 @@ EPISODES = st.lists(st.tuples(st.integers(1, 4), st.booleans()), min_size=1, max
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.integers(1, 9), st.lists(st.tuples(st.integers(0, 4), EPISODES, st.integers(0, 3)), min_size=1, max_size=4))
+@given(st.integers(1, 9), st.lists(st.tuples(st.integers(-3, 4), EPISODES, st.integers(0, 3)), min_size=1, max_size=4))
 def test_memory_of_images_holds_what_a_plain_list_holds(tmp_path_factory, capacity, runs):
-    """Across runs that go on, with the same room or more, after some of which the file has steps that they have not.
+    """Across runs that go on, with more room or less, after some of which the file has steps that they have not.
 
     There are the transitions both of whose images are among the latest `capacity` + 1. Those steps that only the file
     has may be there, too, and take the place of the oldest.
     """
     path, experience, first = tmp_path_factory.mktemp("memory") / "replay.npy", Experience(), 0
     for growth, episodes, ahead in runs:
-        count, capacity = len(experience.stored), capacity + growth
+        count, capacity = len(experience.stored), max(1, capacity + growth)
         buffer = ImageReplayBuffer(capacity, (3, 2, 2), 2)
         if path.exists():
             buffer.load(path, count)
