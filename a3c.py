@@ -313,20 +313,20 @@ def a3c_loss(model: ActorCritic, observations, actions, rewards: list[float], te
     Returns:
         The loss, a scalar tensor, and the means over the steps of policy loss, value loss, entropy and value, by name.
     """
-    n, features = len(rewards), model.body(observations)
+    features = model.body(observations)
     values = model.critic(features).squeeze(-1)
     # R = 0 for terminal s_t, V(s_t; theta'_v) for non-terminal s_t
     returns = n_step_returns(rewards, 0.0 if terminated else values[-1].item(), args.gamma)
     log_prob, entropy = model.log_prob_and_entropy(features[:-1], actions)
     advantages = returns - values[:-1]
-    assert advantages.shape == log_prob.shape == entropy.shape == (n,), (advantages.shape, log_prob.shape)
+    assert advantages.shape == log_prob.shape == entropy.shape == (len(rewards),), (advantages.shape, log_prob.shape)
     # d theta <- d theta + grad log pi(a_i|s_i; theta') (R - V(s_i; theta'_v)); minus: a loss; R - V is a constant here
     policy_loss = -(log_prob * advantages.detach()).sum()
     # d theta_v <- d theta_v + d (R - V(s_i; theta'_v))^2 / d theta'_v
     value_loss = advantages.square().sum()
     # L_actor = -(R - V(s)) log pi(a|s) - beta H[pi(a|s)], and the critic's loss
     loss = policy_loss - args.ent_coef * entropy.sum() + args.vf_coef * value_loss
-    means = (torch.stack([policy_loss, value_loss, entropy.sum(), values[:-1].sum()]) / n).tolist()
+    means = (torch.stack([policy_loss, value_loss, entropy.sum(), values[:-1].sum()]) / len(rewards)).tolist()
     return loss, dict(zip(("policy_loss", "value_loss", "entropy", "value"), means, strict=True))
 
 
@@ -483,7 +483,8 @@ def main(args: Args) -> int:
     if args.evaluate is not None:
         print(f"{SCRIPT}: {evaluate(model.act, eval_env, args, Path(args.evaluate))[0]}; {args.evaluate}")
         return 0
-    T, last_progress = shared.T, time.monotonic()
+    T = shared.T
+    last_progress = time.monotonic()
     if T > args.total_timesteps:
         fail(f"{args.resume} has done {T:,} steps already: give more with --total-timesteps")
 
@@ -505,7 +506,6 @@ def main(args: Args) -> int:
         if with_checkpoint:
             run.save(T, model=model.state_dict(), g=shared.g)
 
-    next_log = T // args.log_interval + 1
     alive = [True]
     with run:
         with signals_blocked():  # workers inherit that: Ctrl-C and SIGTERM reach the main process alone
@@ -522,12 +522,13 @@ def main(args: Args) -> int:
                 run.fail(f"worker {failed[0]} has failed or was killed: {workers[failed[0]]}")
             shared.stop.value = run.stopped
             if shared.T > T or (T <= args.total_timesteps and not run.stopped):
-                T, last_progress = shared.T, time.monotonic()
+                T = shared.T
+                last_progress = time.monotonic()
             elif time.monotonic() - last_progress > PATIENCE_SECONDS:
                 run.fail("a worker makes no progress and does not end")
                 alive = []
-            write(with_checkpoint=next_log * args.log_interval <= T <= args.total_timesteps)
-            next_log = T // args.log_interval + 1
+            is_due = T // args.log_interval > run.last_step // args.log_interval
+            write(with_checkpoint=is_due and T <= args.total_timesteps)
             run.progress(T)
     shared.stop.value = True
     for each in set(workers) & set(multiprocessing.active_children()):

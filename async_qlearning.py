@@ -481,7 +481,8 @@ def main(args: Args) -> int:
     if args.evaluate is not None:
         print(f"{SCRIPT}: {evaluate(model.act, eval_env, args, Path(args.evaluate))[0]}; {args.evaluate}")
         return 0
-    T, last_progress = shared.T, time.monotonic()
+    T = shared.T
+    last_progress = time.monotonic()
     if T > args.total_timesteps:
         fail(f"{args.resume} has done {T:,} steps already: give more with --total-timesteps")
 
@@ -503,7 +504,6 @@ def main(args: Args) -> int:
         if with_checkpoint:
             run.save(T, model=model.state_dict(), g=shared.g, theta_target=shared.theta_target)
 
-    next_log = T // args.log_interval + 1
     alive = [True]
     with run:
         with signals_blocked():  # workers inherit that: Ctrl-C and SIGTERM reach the main process alone
@@ -520,12 +520,13 @@ def main(args: Args) -> int:
                 run.fail(f"worker {failed[0]} has failed or was killed: {workers[failed[0]]}")
             shared.stop.value = run.stopped
             if shared.T > T or (T <= args.total_timesteps and not run.stopped):
-                T, last_progress = shared.T, time.monotonic()
+                T = shared.T
+                last_progress = time.monotonic()
             elif time.monotonic() - last_progress > PATIENCE_SECONDS:
                 run.fail("a worker makes no progress and does not end")
                 alive = []
-            write(with_checkpoint=next_log * args.log_interval <= T <= args.total_timesteps)
-            next_log = T // args.log_interval + 1
+            is_due = T // args.log_interval > run.last_step // args.log_interval
+            write(with_checkpoint=is_due and T <= args.total_timesteps)
             run.progress(T)
     shared.stop.value = True
     for each in set(workers) & set(multiprocessing.active_children()):

@@ -178,7 +178,8 @@ class Actor(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], action_space: spaces.Space, args: Args):
         super().__init__()
-        self.discrete, self.temperature = isinstance(action_space, spaces.Discrete), args.gumbel_temperature
+        self.discrete = isinstance(action_space, spaces.Discrete)
+        self.temperature = args.gumbel_temperature
         self.action_size = int(action_space.n) if self.discrete else action_space.shape[0]
         layers, inputs, hidden = first_layers(shape, args.batch_norm)
         layers += layer(inputs, hidden, args.batch_norm) + layer(hidden, hidden, args.batch_norm)
@@ -222,7 +223,8 @@ class Critic(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], action_space: spaces.Space, args: Args):
         super().__init__()
-        self.discrete, batch_norm = isinstance(action_space, spaces.Discrete), args.batch_norm
+        self.discrete = isinstance(action_space, spaces.Discrete)
+        batch_norm = args.batch_norm
         before, inputs, hidden = first_layers(shape, batch_norm)
         before += layer(inputs, hidden, batch_norm)
         if self.discrete:
@@ -280,7 +282,8 @@ class ReplayBuffer:
         sizes = shape[0], action_size, 1, shape[0], 1
         s, a, r, s_next, end = np.cumsum((0, *sizes))[:-1]
         self.columns = slice(s, a), slice(a, r), r, slice(s_next, end), end
-        self.capacity, self.count, self.saved = capacity, 0, 0
+        self.capacity = capacity
+        self.count = self.saved = 0
         self.rows = np.zeros((capacity, sum(sizes)), np.float32)
 
     def add(self, observation, action, reward: float, next_observation, terminated: bool) -> None:
@@ -316,7 +319,8 @@ class ReplayBuffer:
         known = min(count, len(rows))
         if rows.shape[1:] != self.rows.shape[1:] or known > self.capacity or (count > known and known < self.capacity):
             raise ValueError(f"{path} has the shape {rows.shape}, not {self.rows.shape}")
-        self.rows[:known], self.count = rows[:known], count
+        self.rows[:known] = rows[:known]
+        self.count = count
 
 
 class ImageReplayBuffer(ReplayBuffer):
@@ -327,7 +331,9 @@ class ImageReplayBuffer(ReplayBuffer):
     """
 
     def __init__(self, capacity: int, shape: tuple[int, ...], action_size: int):
-        self.capacity, self.count, self.saved, self.newest = capacity + 1, 0, 0, None
+        self.capacity = capacity + 1
+        self.count = self.saved = 0
+        self.newest = None
         numbers = [("action", np.float32, action_size), ("reward", np.float32), ("terminated", np.float32)]
         self.rows = np.zeros(self.capacity, [("image", np.uint8, shape), *numbers, ("goes_on", bool)])
 
@@ -345,7 +351,8 @@ class ImageReplayBuffer(ReplayBuffer):
     def add_image(self, image: np.ndarray) -> None:
         """Store an image, with which no transition begins as yet, in place of the oldest."""
         row = self.rows[self.count % self.capacity]
-        row["image"], row["goes_on"], self.newest = image, False, image
+        row["image"], row["goes_on"] = image, False
+        self.newest = image
         self.count += 1
 
     def sample(self, n: int, rng: np.random.Generator) -> list[torch.Tensor]:
@@ -362,7 +369,8 @@ class ImageReplayBuffer(ReplayBuffer):
         kept = np.arange(max(0, count - min(len(rows), self.capacity)), count)
         if rows.dtype != self.rows.dtype:
             raise ValueError(f"{path} has {rows.shape} of {rows.dtype}, not {self.rows.shape} of {self.rows.dtype}")
-        self.rows[kept % self.capacity], self.count = rows[kept % len(rows)], count
+        self.rows[kept % self.capacity] = rows[kept % len(rows)]
+        self.count = count
         self.rows["goes_on"][(count - 1) % self.capacity] = False  # the file may know of a step more than the run
 
 
@@ -487,7 +495,8 @@ def main(args: Args) -> int:
     rng = seed_everything(args.seed, T)
     torch.set_num_threads(args.num_threads)
     torch.set_flush_denormal(True)  # Adam's averages decay to numbers below 1e-38, which the CPU computes with slowly
-    shape, dtype = eval_env.observation_space.shape, np.uint8 if args.pixels else np.float32
+    shape = eval_env.observation_space.shape
+    dtype = np.uint8 if args.pixels else np.float32
     model = DDPG(shape, eval_env.action_space, args)
     groups = {"actor": (model.actor, args.actor_learning_rate), "critic": (model.critic, args.learning_rate)}
     optimizers = {name: torch.optim.Adam(net.parameters(), rate, fused=True) for name, (net, rate) in groups.items()}

@@ -267,8 +267,9 @@ def fisher_vector_product(kl: torch.Tensor, parameters: list[nn.Parameter], damp
 
 def conjugate_gradients(product, b: torch.Tensor, iterations: int, tolerance: float = 1e-10) -> torch.Tensor:
     """Solve A x = b for the positive definite matrix A that `product` multiplies by. Shapes (n,)."""
-    x, residual = torch.zeros_like(b), b.clone()
-    direction, squared = residual, residual @ residual
+    x = torch.zeros_like(b)
+    residual = direction = b
+    squared = residual @ residual
     for _ in range(iterations):
         if squared <= tolerance * (b @ b):
             break
@@ -346,7 +347,8 @@ def fit_value_function(model: ActorCritic, optimizer, inputs, returns, args: Arg
     """Regress V(s) on `returns`, shape (n,), in minibatches. Returns the mean squared error."""
     if args.norm_returns:
         model.update_return_statistics(returns.numpy())
-    targets, losses = (returns - model.returns.mean) / model.returns.std, []
+    targets = (returns - model.returns.mean) / model.returns.std
+    losses = []
     for _ in range(args.vf_epochs):
         for indices in np.array_split(rng.permutation(len(returns)), max(1, len(returns) // args.minibatch_size)):
             loss = F.mse_loss(model.critic(inputs[indices]).squeeze(-1), targets[indices])
@@ -420,7 +422,6 @@ def main(args: Args) -> int:
 
     run = Run(SCRIPT, args, METRICS, {}, checkpoint)
     print(f"{SCRIPT}: {args.env_id}, {args.num_envs} environments, {run.folder}", flush=True)
-    next_log = T // args.log_interval + 1
     updates = []  # their metrics since the last row
 
     def log_and_save() -> None:
@@ -468,9 +469,8 @@ def main(args: Args) -> int:
             updates.append(metrics)
             if args.norm_obs:
                 model.update_observation_statistics(observations.reshape(-1, observations.shape[-1]))
-            if T >= next_log * args.log_interval:
+            if T // args.log_interval > run.last_step // args.log_interval:
                 log_and_save()
-                next_log = T // args.log_interval + 1
             run.progress(T)
         for env in envs:
             env.close()

@@ -258,7 +258,9 @@ def main(script: ModuleType, args) -> int:
 
     run = Run(name, args, script.METRICS, facts, checkpoint)
     print(f"{name}: {args.env_id}, {args.num_workers} workers on a Ray cluster, {run.folder}", flush=True)
-    T, begun, last_progress = run.first_step, [0] * args.num_workers, time.monotonic()
+    T = run.first_step
+    begun = [0] * args.num_workers
+    last_progress = time.monotonic()
 
     def write(with_checkpoint: bool) -> int:
         """Returns T."""
@@ -277,7 +279,6 @@ def main(script: ModuleType, args) -> int:
             run.save(T, model=model.state_dict(), **{key: torch.tensor(array) for key, array in state.items()})
         return T
 
-    next_log = T // args.log_interval + 1
     with run:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         new_server = ray.remote(Server).options(num_cpus=0, scheduling_strategy=here)
@@ -285,8 +286,8 @@ def main(script: ModuleType, args) -> int:
         workers = [new_worker.remote(name, index, args, server) for index in range(args.num_workers)]
         try:
             while workers:
-                now_T = write(with_checkpoint=next_log * args.log_interval <= T <= args.total_timesteps)
-                next_log = T // args.log_interval + 1
+                is_due = T // args.log_interval > run.last_step // args.log_interval
+                now_T = write(with_checkpoint=is_due and T <= args.total_timesteps)
                 if now_T == run.first_step:
                     run.start()
                 if now_T > T or (now_T <= args.total_timesteps and not run.stopped):
