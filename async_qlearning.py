@@ -157,8 +157,8 @@ class ToFloat(nn.Module):
     """Bytes as numbers from 0 to 1, bools as 0 or 1."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        floats = images.to(torch.float32, memory_format=torch.channels_last)  # convolutions are faster on that
-        return floats / 255 if images.dtype == torch.uint8 else floats
+        # channels_last: convolutions are faster on that
+        return images.to(torch.float32, memory_format=torch.channels_last) / (255 if images.dtype == torch.uint8 else 1)
 
 
 def image_layers(shape: tuple[int, ...]) -> nn.Sequential:
@@ -504,6 +504,7 @@ def main(args: Args) -> int:
         if with_checkpoint:
             run.save(T, model=model.state_dict(), g=shared.g, theta_target=shared.theta_target)
 
+    next_log = T // args.log_interval + 1
     alive = [True]
     with run:
         with signals_blocked():  # workers inherit that: Ctrl-C and SIGTERM reach the main process alone
@@ -525,8 +526,8 @@ def main(args: Args) -> int:
             elif time.monotonic() - last_progress > PATIENCE_SECONDS:
                 run.fail("a worker makes no progress and does not end")
                 alive = []
-            is_due = T // args.log_interval > run.last_step // args.log_interval
-            write(with_checkpoint=is_due and T <= args.total_timesteps)
+            write(with_checkpoint=next_log * args.log_interval <= T <= args.total_timesteps)
+            next_log = T // args.log_interval + 1
             run.progress(T)
     shared.stop.value = True
     for each in set(workers) & set(multiprocessing.active_children()):

@@ -485,8 +485,9 @@ def main(args: Args) -> int:
     if args.batch_norm and args.batch_size == 1:
         fail("--batch-norm needs a --batch-size of at least 2")
     checkpoint = load_checkpoint(args, SCRIPT)
-    if checkpoint and any(getattr(args, name) != checkpoint["args"][name] for name in ("pixels", "batch_norm")):
-        fail("--pixels and --batch-norm must be those of the run")
+    networks = ("pixels", "batch_norm", "target_network")
+    if checkpoint and any(getattr(args, name) != checkpoint["args"][name] for name in networks):
+        fail("--pixels, --batch-norm and --target-network must be those of the run")
     with failing(f"{args.env_id} cannot be used"):
         eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None, args.pixels)
     if args.capture_video:

@@ -279,6 +279,7 @@ def main(script: ModuleType, args) -> int:
             run.save(T, model=model.state_dict(), **{key: torch.tensor(array) for key, array in state.items()})
         return T
 
+    next_log = T // args.log_interval + 1
     with run:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         new_server = ray.remote(Server).options(num_cpus=0, scheduling_strategy=here)
@@ -286,8 +287,8 @@ def main(script: ModuleType, args) -> int:
         workers = [new_worker.remote(name, index, args, server) for index in range(args.num_workers)]
         try:
             while workers:
-                is_due = T // args.log_interval > run.last_step // args.log_interval
-                now_T = write(with_checkpoint=is_due and T <= args.total_timesteps)
+                now_T = write(with_checkpoint=next_log * args.log_interval <= T <= args.total_timesteps)
+                next_log = T // args.log_interval + 1
                 if now_T == run.first_step:
                     run.start()
                 if now_T > T or (now_T <= args.total_timesteps and not run.stopped):
