@@ -127,6 +127,16 @@ def test_a_film_that_cannot_be_made_is_refused_before_training(refuse, monkeypat
     assert "pip install moviepy" in refuse(script, "--capture-video")
 
 
+class RunsCode:
+    """Whoever unpickles it makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 @each_script()
 def test_bad_checkpoints(train, refuse, script):
     _, folder = train(script, total_timesteps=20)
@@ -148,6 +158,9 @@ def test_bad_checkpoints(train, refuse, script):
     for damaged in ([1, 2, 3], {"model": content["model"]}, content | {"args": {}}):
         torch.save(damaged, path)
         assert "holds no checkpoint.pt, or a damaged one" in refuse(script, "--resume", folder, *more)
+    torch.save(content | {"args": content["args"] | {"more": RunsCode(folder / "made")}}, path)
+    assert "holds no checkpoint.pt, or a damaged one" in refuse(script, "--evaluate", folder)
+    assert not (folder / "made").exists()
     torch.save(content | {"script": "another"}, path)
     assert f"is a run of another.py, not of {script.SCRIPT}.py" in refuse(script, "--resume", folder, *more)
     torch.save(content | {"model": {"wrong": torch.zeros(1)}}, path)
@@ -166,7 +179,9 @@ def test_resuming_ddpg_needs_the_whole_replay_memory(train, refuse):
         path.write_bytes(data)
         line = refuse(ddpg, "--resume", folder, "--total-timesteps", 90)
         assert line.startswith("--resume needs the replay memory as the run left it")
-    assert refuse(ddpg, "--evaluate", folder, "--batch-norm") == "--pixels and --batch-norm must be those of the run"
+    for flag in ("--batch-norm", "--no-target-network"):
+        line = refuse(ddpg, "--evaluate", folder, flag)
+        assert line == "--pixels, --batch-norm and --target-network must be those of the run"
     path.unlink()
     line = refuse(ddpg, "--resume", folder, "--total-timesteps", 90)
     assert line.startswith("--resume needs the replay memory as the run left it")

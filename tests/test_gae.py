@@ -56,6 +56,7 @@ def test_actions_are_those_of_a3c_and_outputs_begin_small():
     assert ours[2] == theirs[2].replace("A3C here", "gae.py") != ""
     model = ActorCritic(3, SPACES[1])
     assert [layer.weight[0].norm().item() for layer in (model.actor[-1], model.critic[-1])] == pytest.approx([0.01, 1])
+    assert not model.log_std.any()
 
 
 @pytest.mark.parametrize("space", SPACES)

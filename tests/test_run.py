@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import signal
+import sys
 import threading
 from importlib.metadata import version
 from pathlib import Path
@@ -229,6 +230,24 @@ def test_rows_tell_step_time_and_speed(new_run, monkeypatch):
     last = {tag: (events.Scalars(tag)[-1].step, events.Scalars(tag)[-1].value) for tag in events.Tags()["scalars"]}
     expected = {"losses/loss": 1.5, "charts/epsilon": 0.25, "charts/SPS": 2, "charts/episodic_return": 34.5}
     assert last == {tag: (1420, value) for tag, value in (expected | {"charts/episodic_length": 69}).items()}
+
+
+def test_the_last_line_is_of_this_part_of_a_resumed_run(new_run, monkeypatch, capsys):
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    run = new_run({"step": 1000, "seconds": 50.0})
+    now = 190.0
+    run.close(1450)
+    run.finish("evaluated", None)
+    assert f"script: 450 steps in 90.0 s, 5 steps per second; evaluated; {run.folder}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gil", [True, False])
+def test_an_interpreter_says_whether_it_has_a_gil(monkeypatch, gil):
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: gil, raising=False)
+    assert has_gil() is gil
+    monkeypatch.delattr(sys, "_is_gil_enabled")  # before Python 3.13
+    assert has_gil() is True
 
 
 def test_no_episode_ends_before_training_begins(new_run):
