@@ -2,6 +2,7 @@
 
 import copy
 import queue
+import re
 import time
 
 import numpy as np
@@ -101,12 +102,13 @@ def test_statistics_of_observations_move_the_policy_of_gae_only_before_its_first
 
     for name in ("collect", "fit_value_function"):
         look(name)
-    train(gae, env_id="probes:Script-v0", total_timesteps=100, batch_size=20, norm_obs=True)
+    train(gae, env_id="probes:Script-v0", total_timesteps=400, num_envs=4, batch_size=80, norm_obs=True)
     names, befores, afters = zip(*seen, strict=True)
     assert names == ("collect", *("collect", "fit_value_function") * 5)
     observations = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
     # the first steps only measure observations: weights stay
-    assert torch.equal(afters[0].actor[0].weight, befores[1].actor[0].weight)
+    for after, before in zip(afters[0].parameters(), befores[1].parameters(), strict=True):
+        assert torch.equal(after, before)
     assert not torch.equal(afters[0].observations.mean, befores[1].observations.mean)
     for after, before in zip(afters[2::2], befores[3::2], strict=False):
         assert not torch.equal(after.observations.mean, before.observations.mean)
@@ -132,4 +134,5 @@ def test_the_line_search_of_gae_bounds_the_divergence(monkeypatch):
 def test_torch_takes_the_threads_it_is_given(train, script):
     torch.set_num_threads(2)
     train(script, total_timesteps=20)
-    assert torch.get_num_threads() == 1
+    threads = re.findall(r"get_max_threads\(\) : (\d+)", torch.__config__.parallel_info())  # of OpenMP and MKL
+    assert set(threads) == {"1"}
