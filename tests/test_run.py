@@ -210,7 +210,7 @@ def test_numbers_that_change_meanwhile_are_finite(new_run):
     assert load(run.folder)["step"] == 49
 
 
-def test_rows_tell_step_time_and_speed(new_run, monkeypatch):
+def test_rows_and_the_last_line_tell_steps_time_and_speed(new_run, monkeypatch, capsys):
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     run = new_run({"step": 1000, "seconds": 50.0})
@@ -224,22 +224,14 @@ def test_rows_tell_step_time_and_speed(new_run, monkeypatch):
     assert episodes.to_numpy()[[0, -1]].tolist() == [[1001, 60, 3, 0, 0], [1060, 119, 3, 59, 118]]
     assert list(metrics) == ["step", "time", "loss", "epsilon", "steps_per_second"]
     assert metrics.to_numpy().tolist() == [[1400, 130, 0.5, 0.25, 5], [1420, 140, 1.5, 0.25, 2]]
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run.close(1420)
+    run.finish("evaluated", None)  # of this part of a resumed run
+    assert f"script: 420 steps in 90.0 s, 5 steps per second; evaluated; {run.folder}\n" in capsys.readouterr().out
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(run.folder)).Reload()
     last = {tag: (events.Scalars(tag)[-1].step, events.Scalars(tag)[-1].value) for tag in events.Tags()["scalars"]}
     expected = {"losses/loss": 1.5, "charts/epsilon": 0.25, "charts/SPS": 2, "charts/episodic_return": 34.5}
     assert last == {tag: (1420, value) for tag, value in (expected | {"charts/episodic_length": 69}).items()}
-
-
-def test_the_last_line_is_of_this_part_of_a_resumed_run(new_run, monkeypatch, capsys):
-    now = 100.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
-    run = new_run({"step": 1000, "seconds": 50.0})
-    now = 190.0
-    run.close(1450)
-    run.finish("evaluated", None)
-    assert f"script: 450 steps in 90.0 s, 5 steps per second; evaluated; {run.folder}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("gil", [True, False])
