@@ -191,7 +191,7 @@ def image_layers(shape: tuple[int, ...]) -> nn.Sequential:
 
 
 # The activations of the image layers, in numpy
-NUMPY = {nn.ReLU: lambda x: np.maximum(x, 0), nn.ELU: lambda x: np.maximum(x, np.expm1(np.minimum(x, 0)))}
+NUMPY_ACTIVATIONS = {nn.ReLU: lambda x: np.maximum(x, 0), nn.ELU: lambda x: np.maximum(x, np.expm1(np.minimum(x, 0)))}
 
 
 def numpy_convolutions(layers: nn.Sequential, shape: tuple[int, ...]) -> Iterator[tuple[np.ndarray, ...]]:
@@ -228,7 +228,7 @@ class ActorCritic(nn.Module):
             self.body = image_layers(observation_shape)
             units = self.body[-2].out_features
             self.actor, self.critic = orthogonal(nn.Linear(units, outputs), 0.01), orthogonal(nn.Linear(units, 1), 1.0)
-            layers, self.activation = [self.body[-2], self.actor], NUMPY[type(self.body[-1])]
+            layers, self.activation = [self.body[-2], self.actor], NUMPY_ACTIVATIONS[type(self.body[-1])]
         else:
             self.body, size = nn.Sequential(), observation_shape[0]
             self.actor, self.critic = mlp(size, outputs, gain=0.01), mlp(size, 1, gain=1.0)
@@ -244,7 +244,7 @@ class ActorCritic(nn.Module):
         x = observation / np.float32(255) if observation.dtype == np.uint8 else observation
         for patches, weight, bias in self.convolutions:  # the 0 at the end is pixel -1, beyond the border
             x = self.activation(np.append(x, np.float32(0)).take(patches, mode="wrap") @ weight + bias)
-        x = x.T.ravel()
+        x = x.T.ravel()  # one map after the other, as nn.Flatten has them
         for weight, bias in self.layers[:-1]:
             x = self.activation(x @ weight + bias)
         weight, bias = self.layers[-1]
@@ -261,7 +261,7 @@ class ActorCritic(nn.Module):
         mean, raw_variance = x[: len(x) // 2], x[len(x) // 2 :]
         if rng is None:
             return mean
-        return mean + np.sqrt(np.logaddexp(0, raw_variance) + MIN_VARIANCE) * rng.standard_normal(len(mean))
+        return mean + np.sqrt(np.logaddexp(0, raw_variance) + MIN_VARIANCE) * rng.standard_normal(len(mean), np.float32)
 
     def log_prob_and_entropy(self, features: torch.Tensor, actions: torch.Tensor):
         """log pi(a|s; theta) and the entropy H[pi(.|s; theta)], two tensors of shape (n,).
@@ -522,7 +522,7 @@ def main(args: Args) -> int:
             if failed and run.exit_code != 1:
                 run.fail(f"worker {failed[0]} has failed or was killed: {workers[failed[0]]}")
             shared.stop.value = run.stopped
-            if shared.T > T or (T <= args.total_timesteps and not run.stopped):
+            if shared.T > T or not (run.stopped or T > args.total_timesteps):  # progress, or not ending yet
                 T = shared.T
                 last_progress = time.monotonic()
             elif time.monotonic() - last_progress > PATIENCE_SECONDS:

@@ -178,7 +178,7 @@ def image_layers(shape: tuple[int, ...]) -> nn.Sequential:
 
 
 # The activations of the image layers, in numpy
-NUMPY = {nn.ReLU: lambda x: np.maximum(x, 0), nn.ELU: lambda x: np.maximum(x, np.expm1(np.minimum(x, 0)))}
+NUMPY_ACTIVATIONS = {nn.ReLU: lambda x: np.maximum(x, 0), nn.ELU: lambda x: np.maximum(x, np.expm1(np.minimum(x, 0)))}
 
 
 def numpy_convolutions(layers: nn.Sequential, shape: tuple[int, ...]) -> Iterator[tuple[np.ndarray, ...]]:
@@ -213,7 +213,7 @@ class QNetwork(nn.Module):
         if len(shape) == 3:
             body = image_layers(shape)
             self.q = nn.Sequential(*body, orthogonal(nn.Linear(body[-2].out_features, num_actions), 1.0))
-            layers, self.activation = [body[-2], self.q[-1]], NUMPY[type(body[-1])]
+            layers, self.activation = [body[-2], self.q[-1]], NUMPY_ACTIVATIONS[type(body[-1])]
         else:
             first, second, last = nn.Linear(shape[0], 64), nn.Linear(64, 64), nn.Linear(64, num_actions)
             self.q = nn.Sequential(orthogonal(first), nn.Tanh(), orthogonal(second), nn.Tanh(), orthogonal(last, 1.0))
@@ -232,7 +232,7 @@ class QNetwork(nn.Module):
         x = observation / np.float32(255) if observation.dtype == np.uint8 else observation
         for patches, weight, bias in self.convolutions:  # the 0 at the end is pixel -1, beyond the border
             x = self.activation(np.append(x, np.float32(0)).take(patches, mode="wrap") @ weight + bias)
-        x = x.T.ravel()
+        x = x.T.ravel()  # one map after the other, as nn.Flatten has them
         for weight, bias in self.layers[:-1]:
             x = self.activation(x @ weight + bias)
         weight, bias = self.layers[-1]
@@ -308,9 +308,9 @@ def final_epsilons(args: Args) -> np.ndarray:
     if len(args.final_epsilons) != len(args.final_epsilon_probs) or abs(sum(args.final_epsilon_probs) - 1) > 1e-6:
         fail(f"--final-epsilon-probs must be {len(args.final_epsilons)} numbers that sum to 1")
     order = np.argsort(args.final_epsilons)
-    ends = np.cumsum(np.array(args.final_epsilon_probs)[order])
+    cumulative = np.cumsum(np.array(args.final_epsilon_probs)[order])
     quantiles = (np.arange(args.num_workers) + 0.5) / args.num_workers
-    return np.array(args.final_epsilons)[order][np.searchsorted(ends, quantiles)]
+    return np.array(args.final_epsilons)[order][np.searchsorted(cumulative, quantiles)]
 
 
 def annealed_epsilon(T: int, final_epsilon: float, args: Args) -> float:
@@ -520,7 +520,7 @@ def main(args: Args) -> int:
             if failed and run.exit_code != 1:
                 run.fail(f"worker {failed[0]} has failed or was killed: {workers[failed[0]]}")
             shared.stop.value = run.stopped
-            if shared.T > T or (T <= args.total_timesteps and not run.stopped):
+            if shared.T > T or not (run.stopped or T > args.total_timesteps):  # progress, or not ending yet
                 T = shared.T
                 last_progress = time.monotonic()
             elif time.monotonic() - last_progress > PATIENCE_SECONDS:

@@ -425,7 +425,7 @@ def actor_loss(model: DDPG, observations: torch.Tensor, logit_penalty: float) ->
     return minus_J, (logit_penalty * outputs.square().mean() if is_penalised else torch.zeros(()))
 
 
-@cache  # called at every step for the same networks
+@cache  # called at every step for the same networks, whose tensors nothing replaces
 def float_tensors(network: nn.Module) -> list[torch.Tensor]:
     """The network's parameters and running statistics, which stay where they are in memory."""
     return [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]

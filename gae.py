@@ -296,7 +296,7 @@ def update_policy(model: ActorCritic, optimizer, inputs, actions, advantages, ar
 
     Args:
         inputs, actions: shapes (n, observation_size), normalised, and (n,) or (n, action_size).
-        advantages: A, shape (n,).
+        advantages: A, shape (n,). `main` normalises them: that scales L, and takes a constant off as a baseline.
         args: trust_region, max_kl, cg_damping.
         rng: draws the steps for the Fisher matrix.
 
@@ -304,9 +304,9 @@ def update_policy(model: ActorCritic, optimizer, inputs, actions, advantages, ar
         Metrics by name.
     """
     parameters = model.policy_parameters()
-    some = inputs[rng.permutation(len(inputs))[: math.ceil(len(inputs) / FISHER_SHARE)]]
+    fisher_inputs = inputs[rng.permutation(len(inputs))[: math.ceil(len(inputs) / FISHER_SHARE)]]
     with torch.no_grad():
-        old_policy, some_old_policy = model.policy(inputs), model.policy(some)
+        old_policy, old_fisher_policy = model.policy(inputs), model.policy(fisher_inputs)
         old_log_prob = old_policy.log_prob(actions)
 
     def objective_and_kl() -> tuple[torch.Tensor, torch.Tensor]:
@@ -324,7 +324,7 @@ def update_policy(model: ActorCritic, optimizer, inputs, actions, advantages, ar
         (-L).backward()
         optimizer.step()
     elif g.any():
-        kl = kl_divergence(some_old_policy, model.policy(some)).mean()
+        kl = kl_divergence(old_fisher_policy, model.policy(fisher_inputs)).mean()
         product = fisher_vector_product(kl, parameters, args.cg_damping)
         y = conjugate_gradients(product, g, CG_ITERATIONS)
         step = torch.sqrt(2 * args.max_kl / (y @ product(y))) * y
@@ -344,7 +344,11 @@ def update_policy(model: ActorCritic, optimizer, inputs, actions, advantages, ar
 
 
 def fit_value_function(model: ActorCritic, optimizer, inputs, returns, args: Args, rng) -> float:
-    """Regress V(s) on `returns`, shape (n,), in minibatches. Returns the mean squared error."""
+    """Regress V(s) on `returns`, shape (n,), in minibatches. Returns the mean squared error.
+
+    `main` gives it A_t + V(s_t), with lambda. The paper has the discounted rewards, which is lambda = 1, and a trust
+    region for V, too (section 5).
+    """
     if args.norm_returns:
         model.update_return_statistics(returns.numpy())
     targets = (returns - model.returns.mean) / model.returns.std
@@ -460,10 +464,10 @@ def main(args: Args) -> int:
             if not math.isfinite(std):
                 raise FloatingPointError(f"the advantages are {mean} at step {T:,}: what does the environment return?")
             normalized = torch.tensor((advantages - mean) / (std + 1e-8), dtype=torch.float32).flatten()
-            targets = torch.tensor(advantages + values, dtype=torch.float32).flatten()
+            lambda_returns = torch.tensor(advantages + values, dtype=torch.float32).flatten()
             inputs, actions = inputs.flatten(0, 1), torch.from_numpy(actions).flatten(0, 1)
             metrics = update_policy(model, optimizers["actor"], inputs, actions, normalized, args, rng)
-            metrics["value_loss"] = fit_value_function(model, optimizers["critic"], inputs, targets, args, rng)
+            metrics["value_loss"] = fit_value_function(model, optimizers["critic"], inputs, lambda_returns, args, rng)
             metrics["explained_variance"] = 1 - (returns - values).var() / max(returns.var(), 1e-12)
             metrics |= {"advantage_mean": mean, "advantage_std": std, "learning_rate": args.learning_rate}
             updates.append(metrics)

@@ -31,11 +31,11 @@ import ray
 import tools
 from async_methods import A3C
 from cluster_a3c import Server
+from image_speed import BREAKOUT, PONG
 
 import a3c
 
 SIZES = (5_000, 130_000, 1_000_000)
-BREAKOUT, PONG = "MinAtar/Breakout-v1", "ale_py:PongNoFrameskip-v4"
 PROCESSES, CLUSTER, LAG = "a3c.py", "cluster_a3c.py", "cluster_a3c.py --lag 1"
 
 

@@ -3,7 +3,7 @@
     pip install -r experiments/requirements.txt
     python experiments/image_speed.py
 
-About 40 minutes on two cores; `--seeds 21 --steps 5000 --pong-steps 2000` is a trial. Everyone has the network of
+About 40 minutes on two cores; `--seeds 21 --steps 5000 --pong-steps 6000` is a trial. Everyone has the network of
 a3c.py and the same environments, made by its `make_env`: `a3c.py` with two workers, PFRL's A3C with two processes and
 the same hyperparameters, SB3's A2C with 8 environments, its settings for Atari and one torch thread. On Pong there is
 also the emulator alone, with random actions and without a network, in two processes.

@@ -1,0 +1,63 @@
+"""The changes that docs/your_own.md shows can be made to the scripts as they are, and what comes out trains."""
+
+import importlib.util
+import re
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHORT, tables
+from gymnasium.spaces import Discrete
+
+import a3c
+import async_qlearning
+import gae
+
+CHANGES = re.findall(r"```diff\n# (\w+)\.py\n(.*?)```", (ROOT / "docs" / "your_own.md").read_text(), re.DOTALL)
+ORIGINALS = {"a3c": a3c, "async_qlearning": async_qlearning, "gae": gae}
+NETWORKS = {  # for CartPole-v1
+    "a3c": lambda script: script.ActorCritic((4,), Discrete(2)),
+    "async_qlearning": lambda script: script.QNetwork((4,), 2),
+    "gae": lambda script: script.ActorCritic(4, Discrete(2)),
+}
+
+
+def changed(text: str, change: str) -> str:
+    """The script's text after the change, whose parts stand in it once each."""
+    for part in change.split("...\n"):
+        lines = part.splitlines(keepends=True)
+        old, new = ("".join(line[1:] for line in lines if line[0] in kinds) for kinds in (" -", " +"))
+        assert text.count(f"\n{old}") == 1, f"there is not one place for\n{old}"
+        text = text.replace(f"\n{old}", f"\n{new}")
+    return text
+
+
+def test_there_are_changes():
+    assert len(CHANGES) == (ROOT / "docs" / "your_own.md").read_text().count("```diff") == 7
+
+
+@pytest.mark.parametrize(("name", "change"), CHANGES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CHANGES)])
+def test_what_is_changed_trains(name, change, tmp_path, monkeypatch):
+    path = tmp_path / f"my_{name}.py"
+    path.write_text(changed((ROOT / f"{name}.py").read_text(), change))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, script)
+    spec.loader.exec_module(script)
+    original, folder = ORIGINALS[name], tmp_path / "runs"
+    options = {"total_timesteps": 200, "log_interval": 10, "eval_episodes": 1, "log_dir": str(folder)}
+    assert script.main(script.Args(**options | SHORT[original])) == 0
+    episodes, metrics = tables(next(folder.glob("CartPole-v1__my_*")))
+    assert len(episodes) > 0
+    assert len(metrics) > 0
+    if "segment_length" in change:
+        assert metrics["segment_length"].between(1, 5).all()
+    if "torch.no_grad" in change:  # the network acts as numpy did
+        observations = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+        actions = []
+        for module in (original, script):
+            module.seed_everything(1, 0)
+            network = NETWORKS[name](module)
+            actions.append([int(network.act(observation)) for observation in observations])
+        assert actions[0] == actions[1]
+        assert set(actions[0]) == {0, 1}
