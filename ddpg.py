@@ -279,23 +279,21 @@ class ReplayBuffer:
     """
 
     def __init__(self, capacity: int, shape: tuple[int, ...], action_size: int):
-        sizes = shape[0], action_size, 1, shape[0], 1
-        s, a, r, s_next, end = np.cumsum((0, *sizes))[:-1]
-        self.columns = slice(s, a), slice(a, r), r, slice(s_next, end), end
         self.capacity = capacity
         self.count = self.saved = 0
-        self.rows = np.zeros((capacity, sum(sizes)), np.float32)
+        parts = [("observation", np.float32, shape), ("action", np.float32, (action_size,)), ("reward", np.float32)]
+        parts += [("next_observation", np.float32, shape), ("terminated", np.float32)]
+        self.rows = np.zeros(capacity, parts)
 
     def add(self, observation, action, reward: float, next_observation, terminated: bool) -> None:
         """Store a transition in place of the oldest."""
-        row = np.concatenate((observation, action, [reward], next_observation, [terminated]))
-        self.rows[self.count % self.capacity] = row
+        self.rows[self.count % self.capacity] = observation, action, reward, next_observation, terminated
         self.count += 1
 
     def sample(self, n: int, rng: np.random.Generator) -> list[torch.Tensor]:
         """n random transitions: s, a, r, s' and terminated, of shapes (n, size), and (n,) for r and terminated."""
-        rows = self.rows[rng.integers(min(self.count, self.capacity), size=n)]
-        return [torch.from_numpy(rows[:, columns]) for columns in self.columns]
+        rows = self.rows.take(rng.integers(min(self.count, self.capacity), size=n))
+        return [torch.from_numpy(rows[name]) for name in rows.dtype.names]
 
     def create(self, path: Path) -> None:
         """Write the whole file, with the room that is still empty: a disk that is too small shows at once."""
@@ -310,16 +308,16 @@ class ReplayBuffer:
         self.saved = self.count
 
     def load(self, path: Path, count: int) -> None:
-        """Take over the file of a run with `count` transitions so far.
+        """Take over the file of a run with `count` rows so far, whose capacity may have been another one.
 
         Raises:
             OSError, EOFError, ValueError: there is no file, it is damaged, or it does not fit.
         """
         rows = np.load(path, mmap_mode="r")
-        known = min(count, len(rows))
-        if rows.shape[1:] != self.rows.shape[1:] or known > self.capacity or (count > known and known < self.capacity):
-            raise ValueError(f"{path} has the shape {rows.shape}, not {self.rows.shape}")
-        self.rows[:known] = rows[:known]
+        if rows.dtype != self.rows.dtype:
+            raise ValueError(f"{path} has rows of {rows.dtype}, not of {self.rows.dtype}")
+        kept = np.arange(max(0, count - min(len(rows), self.capacity)), count)
+        self.rows[kept % self.capacity] = rows[kept % len(rows)]
         self.count = count
 
 
@@ -334,7 +332,7 @@ class ImageReplayBuffer(ReplayBuffer):
         self.capacity = capacity + 1
         self.count = self.saved = 0
         self.newest = None
-        numbers = [("action", np.float32, action_size), ("reward", np.float32), ("terminated", np.float32)]
+        numbers = [("action", np.float32, (action_size,)), ("reward", np.float32), ("terminated", np.float32)]
         self.rows = np.zeros(self.capacity, [("image", np.uint8, shape), *numbers, ("goes_on", bool)])
 
     def add(self, observation, action, reward: float, next_observation, terminated: bool) -> None:
@@ -364,13 +362,8 @@ class ImageReplayBuffer(ReplayBuffer):
         return [torch.from_numpy(part) for part in (s, a, r, self.rows["image"][(i + 1) % self.capacity], end)]
 
     def load(self, path: Path, count: int) -> None:
-        """As `ReplayBuffer.load`; the capacity may always change."""
-        rows = np.load(path, mmap_mode="r")
-        kept = np.arange(max(0, count - min(len(rows), self.capacity)), count)
-        if rows.dtype != self.rows.dtype:
-            raise ValueError(f"{path} has {rows.shape} of {rows.dtype}, not {self.rows.shape} of {self.rows.dtype}")
-        self.rows[kept % self.capacity] = rows[kept % len(rows)]
-        self.count = count
+        """As `ReplayBuffer.load`."""
+        super().load(path, count)
         self.rows["goes_on"][(count - 1) % self.capacity] = False  # the file may know of a step more than the run
 
 

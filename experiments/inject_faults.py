@@ -397,7 +397,7 @@ def damaged_replay(trial: Trial) -> None:
     if trial.random.random() < 0.4:
         trial.moment = "replay.npy of another shape "
         memory = np.load(path)
-        np.save(path, trial.random.choice([memory[:-7], memory[1:], memory.reshape(-1), memory[:0]]))
+        np.save(path, trial.random.choice([memory.view(np.float32), memory[["observation", "action"]]]))
     else:
         allowed = _damage(trial, path)
     refused(trial, "--resume", trial.run(), "--total-timesteps", trial.total * 5 // 4, allowed=allowed)

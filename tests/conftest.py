@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import faulty
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -61,6 +62,12 @@ def tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         assert table["time"].is_monotonic_increasing
         assert (table["time"] >= 0).all()
     return episodes, metrics
+
+
+def load_rows(path: Path) -> np.ndarray:
+    """A replay memory's file as a matrix, with s, a, r, s' and terminated in each row."""
+    rows = np.load(path)
+    return rows.view(np.float32).reshape(len(rows), -1)
 
 
 def wait_until(condition: Callable, seconds: float = 60):

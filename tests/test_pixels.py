@@ -182,7 +182,7 @@ def test_file_of_images_that_does_not_fit_is_refused(tmp_path):
     Experience().play(buffer, 5, False)
     buffer.create(path)
     for shape, actions in ((3, 2, 3), 2), ((3, 2, 2), 1):
-        with pytest.raises(ValueError, match="has "):
+        with pytest.raises(ValueError, match="has rows of"):
             ImageReplayBuffer(5, shape, actions).load(path, buffer.count)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="mmap"):
