@@ -226,7 +226,7 @@ def test_minibatches_are_uniform_and_copies():
         assert torch.equal(part, torch.tensor(np.array(expected), dtype=torch.float32))
     np.testing.assert_allclose(np.bincount(numbers) / 10_000, [0, 0, *[0.2] * 5], atol=4 * (0.16 / 10_000) ** 0.5)
     assert abs(np.corrcoef(numbers[1:], numbers[:-1])[0, 1]) < 0.04
-    assert set((fill(ReplayBuffer(5, (2,), 3), range(3)).sample(99, rng)[2] / 10).int().tolist()) == {0, 1, 2}
+    assert set((fill(ReplayBuffer(5, (2,), 3), range(1, 4)).sample(99, rng)[2] / 10).int().tolist()) == {1, 2, 3}
     fill(buffer, range(7, 12))
     assert all(map(torch.equal, batch, before))
 
