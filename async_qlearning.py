@@ -507,7 +507,7 @@ def main(args: Args) -> int:
 
     next_log = T // args.log_interval + 1
     alive = [True]
-    with run:
+    with run:  # an error inside is printed, and the run goes on behind the block, where it is saved
         with signals_blocked():  # workers inherit that: Ctrl-C and SIGTERM reach the main process alone
             for each in workers:
                 each.start()
@@ -531,7 +531,7 @@ def main(args: Args) -> int:
             next_log = T // args.log_interval + 1
             run.progress(T)
     shared.stop.value = True
-    for each in set(workers) & set(multiprocessing.active_children()):
+    for each in set(workers) & set(multiprocessing.active_children()):  # processes that still live
         each.kill()  # threads end with this process
     with run:
         write(with_checkpoint=True)

@@ -96,7 +96,8 @@ class Args:
 def make_env(env_id: str, render_mode: str | None = None, pixels: bool = False) -> gym.Env:
     """The environment, with flat observations and with actions as the actor gives them.
 
-    A Box of actions becomes flat, too, and -1 and 1 stand for its bounds. Discrete actions are one-hot vectors.
+    A Box of actions becomes flat, too, and -1 and 1 stand for its bounds. Discrete actions are one-hot vectors;
+    `action_space` is then Discrete all the same.
 
     With `pixels`, each action is held for three steps of the simulator. The observation is what these look like, three
     images of 64x64 in red, green and blue: bytes of shape (9, 64, 64). The reward is the sum of the three.
@@ -525,7 +526,7 @@ def main(args: Args) -> int:
         states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
         run.save(T, model=model.state_dict(), optimizers=states, replayed=buffer.count)
 
-    with run:
+    with run:  # an error inside is printed, and the run goes on behind the block, where it is saved
         buffer.create(run.folder / "replay.npy")
         env = make_env(args.env_id, pixels=args.pixels)
         # Initialize a random process N for action exploration

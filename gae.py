@@ -434,7 +434,7 @@ def main(args: Args) -> int:
             updates.clear()
         run.save(T, model=model.state_dict(), optimizers={name: each.state_dict() for name, each in optimizers.items()})
 
-    with run:
+    with run:  # an error inside is printed, and the run goes on behind the block, where it is saved
         envs = [make_env(args.env_id) for _ in range(args.num_envs)]
         current = np.stack([env.reset(seed=int(rng.integers(2**31)))[0] for env in envs]).astype(np.float32)
         while T < args.total_timesteps:

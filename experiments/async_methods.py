@@ -10,8 +10,9 @@ Breakout, on other seeds; SB3's are its zoo's for Atari. `--games Breakout --met
 
 Scores are the mean returns of the training episodes that end in each hundredth of the steps. Of Q-learning's workers
 only the first counts, whose epsilon ends at 0.01; the others explore more. Printed are the greedy policy's mean return
-over 20 episodes after training, and that of the last 100 of these training episodes: the mean over the seeds with its
-95 % bootstrap interval, and all of them. A random policy plays 300 episodes.
+over 20 episodes after training, the mean of the last ten scores, and that of the last 100 episodes that count (on
+Freeway, where episodes are long, a worker has no more than that): the mean over the seeds with its 95 % bootstrap
+interval, and all of them. A random policy plays 300 episodes.
 
 The picture, async_methods.png, shows score over hours and over steps. A run that fails is left out and reported,
 and the exit code is 1.
@@ -42,7 +43,7 @@ METHODS = {
 }
 PEERS = {"SB3 A2C": {"algorithm": "A2C", "num_envs": 8}, "SB3 DQN": {"algorithm": "DQN"}}
 PEER_GAMES = ("Breakout", "SpaceInvaders")
-LAST = "last 100 training episodes"
+LAST, TENTH = "last 100 training episodes", "last tenth of training"
 
 
 @dataclass
@@ -79,7 +80,9 @@ def random_score(env_id: str, episodes: int = 300) -> float:
 def show(runs: pd.DataFrame, args: Args) -> None:
     """The figure, and a table for each kind of score."""
     figure, panels = tools.new_figure(2, len(args.games), width=3 * len(args.games), height=6)
-    scores = {kind: pd.DataFrame() for kind in (tools.RETURN, LAST)}
+    tenths = [curve[curve["part"] > 90]["return"].mean() for curve in runs["curve"]]
+    runs = runs.assign(**{TENTH: tenths})
+    scores = {kind: pd.DataFrame() for kind in (tools.RETURN, TENTH, LAST)}
     for game, column in zip(args.games, panels.T, strict=True):
         for kind, table in scores.items():
             table.loc["random policy", game] = tools.cell(random_score(f"MinAtar/{game}-v1"))
