@@ -29,7 +29,7 @@ import numpy as np
 import ray
 import tools
 import torch
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from threadpoolctl import threadpool_limits
 
@@ -226,6 +226,8 @@ def main(script: ModuleType, args) -> int:
     check_args(args)
     if args.evaluate is not None:
         fail(f"evaluate with: python {name}.py --evaluate {args.evaluate}")
+    if args.backend != "auto":
+        fail(f"--backend is for {name}.py: here, workers are tasks of Ray")
     checkpoint = load_checkpoint(args, name)
     facts = {"backend_used": "ray"}
     if name == "async_qlearning":
@@ -250,7 +252,7 @@ def main(script: ModuleType, args) -> int:
     with failing("--cpus-per-worker"):
         options = {"num_cpus": args.cpus_per_worker, "max_retries": MAX_LOSSES, "scheduling_strategy": "SPREAD"}
         new_worker = ray.remote(work).options(**options)
-    room = room_for_workers(args.cpus_per_worker)
+    room = first_room = room_for_workers(args.cpus_per_worker)
     if room == 0:
         fail(f"no machine of the cluster has --cpus-per-worker {args.cpus_per_worker:g} CPUs")
     if room < args.num_workers:
@@ -287,6 +289,9 @@ def main(script: ModuleType, args) -> int:
         workers = [new_worker.remote(name, index, args, server) for index in range(args.num_workers)]
         try:
             while workers:
+                if (now_room := room_for_workers(args.cpus_per_worker)) != room:
+                    room = now_room
+                    print(f"{name}: now there is room for {room} workers", file=sys.stderr, flush=True)
                 now_T = write(with_checkpoint=next_log * args.log_interval <= T <= args.total_timesteps)
                 next_log = T // args.log_interval + 1
                 if now_T == run.first_step:
@@ -294,7 +299,11 @@ def main(script: ModuleType, args) -> int:
                 if now_T > T or (now_T <= args.total_timesteps and not run.stopped):
                     last_progress = time.monotonic()
                 elif time.monotonic() - last_progress > PATIENCE_SECONDS:
-                    print(f"{name}: {len(workers)} workers do not end and are given up", file=sys.stderr, flush=True)
+                    message = f"{len(workers)} workers do not end and are given up"
+                    if room >= first_room:
+                        run.fail(message)
+                    else:  # they were on a machine that is lost
+                        print(f"{name}: {message}", file=sys.stderr, flush=True)
                     break
                 T = now_T
                 run.progress(T)
@@ -302,10 +311,10 @@ def main(script: ModuleType, args) -> int:
                 for each in ended:
                     try:
                         ray.get(each)
-                    except RayTaskError as error:  # what a worker has raised ends the run, as in the script
+                    except RayError as error:  # what a worker has raised ends the run, as in the script
                         if isinstance(error, ActorDiedError):
                             raise
-                        run.fail(error.traceback_str)
+                        run.fail(getattr(error, "traceback_str", str(error)))
         except ActorDiedError:
             server = None
             flags = f" --address {address}" if address else ""

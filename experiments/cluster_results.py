@@ -6,13 +6,17 @@
 Every part can be run alone; `--scale 0.1` makes a trial of it. The nodes of a cluster are simulated on this one
 machine. On two cores they take:
 
-- `calls`, 2 minutes: calls per second that one server answers to one and to two workers that do nothing else.
+- `calls`, 5 minutes: calls per second that one server answers to one and to two workers that do nothing else. They
+  share the two cores with it, so it can do more.
 - `speed`, half an hour: steps per second of two workers, beside the script's own processes.
 - `cartpole`, 3 minutes: greedy returns with two workers on two nodes.
-- `kills`, 15 minutes: greedy returns with three workers, and with one of them killed every 20 seconds.
-- `sweep`, 10 minutes: seconds for 20 runs, beside the same by `xargs -P 2`.
-- `staleness`, an hour, or with `--env-id MinAtar/Breakout-v1` many: greedy returns with --lag. A gradient is then of a
-  theta that has been updated workers (lag + 1) - 1 times since.
+- `kills`, 15 minutes: three workers, and the same with one of them killed every 20 seconds: greedy returns, steps to a
+  mean of 475 over 50 training episodes, seconds.
+- `sweep`, 10 minutes: seconds for 20 runs, beside the same by `xargs -P 2`. Both include everything from the start of
+  the command on; that of Ray takes some seconds.
+- `staleness`, two hours, or with `--env-id MinAtar/Breakout-v1` many: greedy returns with --lag. A gradient is then of
+  a theta that has been updated workers (lag + 1) - 1 times since, as soon as all workers have begun: the table says
+  when.
 """
 
 import contextlib
@@ -36,6 +40,8 @@ from image_speed import BREAKOUT, PONG
 import a3c
 
 SIZES = (5_000, 130_000, 1_000_000)
+CALLS = "calls per second"
+KILLS, ALL_AT_WORK = "workers killed", "step when all have begun"
 PROCESSES, CLUSTER, LAG = "a3c.py", "cluster_a3c.py", "cluster_a3c.py --lag 1"
 
 
@@ -67,18 +73,25 @@ def call(server, worker: int, size: int, seconds: float) -> float:
     return number / (time.monotonic() - begun)
 
 
-def measure_calls(args: Args) -> None:
+def count_calls(size: int, workers: int, seconds: float, seed: int, folder: Path) -> None:
+    """How many calls per second a server with so many numbers in theta answers to all of these workers together."""
     tools.start_ray(None)
-    rows = {}
-    new_server = ray.remote(Server).options(num_cpus=0)
-    for size, workers in itertools.product(SIZES, (1, 2)):
-        server = new_server.remote("a3c", a3c.Args(), {"theta": np.zeros(size, np.float32)}, 0)
-        ray.get(server.join.remote(0))
-        rates = ray.get([call.remote(server, index, size, 10.0 * args.scale) for index in range(workers)])
-        rows.setdefault(f"{size:,}", {})[f"{workers} worker{'s' * (workers > 1)}"] = sum(rates)
-        ray.kill(server)
-    ray.shutdown()
-    tools.print_table("numbers in theta: calls per second", pd.DataFrame(rows).T)
+    server = ray.remote(Server).options(num_cpus=0).remote("a3c", a3c.Args(), {"theta": np.zeros(size, np.float32)}, 0)
+    ray.get(server.join.remote(0))
+    for duration in (0.1, seconds):  # first they have to start and to import torch
+        rates = ray.get([call.remote(server, index, size, duration) for index in range(workers)])
+    pd.DataFrame({CALLS: [sum(rates)]}).to_csv(folder / "calls.csv", index=False)
+
+
+def measure_calls(args: Args) -> pd.DataFrame:
+    contestants = {
+        (size, workers): tools.call(count_calls, size=size, workers=workers, seconds=10.0 * args.scale)
+        for size, workers in itertools.product(SIZES, (1, 2))
+    }
+    runs = tools.play(contestants, lambda folder: pd.read_csv(folder / "calls.csv").iloc[0].to_dict(), args, "cluster")
+    table = tools.spread(runs.assign(name=[f"{size:,} numbers, {workers}" for size, workers in runs["name"]]), CALLS)
+    tools.print_table(f"{CALLS}: theta, workers", table)
+    return runs
 
 
 def compare_speed(args: Args) -> pd.DataFrame:
@@ -122,7 +135,7 @@ def train_on_nodes(nodes: int, steps: int, kill_every: float | None, seed: int, 
                 workers[killed % len(workers)].kill()
                 killed += 1
     cluster.shutdown()
-    print(f"{killed} workers were killed")
+    pd.DataFrame({KILLS: [float(killed)]}).to_csv(folder / "kills.csv", index=False)
     sys.exit(process.returncode)
 
 
@@ -131,23 +144,25 @@ def learn_on_nodes(args: Args, nodes: int, steps: int, kill_every: float | None)
     contestants = {f"{nodes} workers": tools.call(train_on_nodes, kill_every=None, **options)}
     if kill_every:
         contestants["one killed every 20 s"] = tools.call(train_on_nodes, kill_every=kill_every, **options)
-    runs = tools.play(contestants, lambda folder: tools.read_return(folder) | last_step(folder), args, "cluster")
-    tools.print_table(tools.RETURN, tools.spread(runs, tools.RETURN))
+
+    def read(folder: Path) -> dict[str, float]:
+        kills = pd.read_csv(folder / "kills.csv").iloc[0].to_dict()
+        return tools.read_return(folder) | tools.read_time_to_target(folder, 475.0) | kills
+
+    runs = tools.play(contestants, read, args, "cluster")
+    for kind in (tools.RETURN, tools.STEPS_TO_TARGET, "wall_seconds", KILLS):
+        tools.print_table(kind, tools.spread(runs, kind))
     return runs
 
 
-def last_step(folder: Path) -> dict[str, float]:
-    return {"steps": float(tools.read_table(folder, "metrics")["step"].iloc[-1])}
-
-
 def compare_sweep(args: Args) -> pd.DataFrame:
-    flags = f"--num-workers 1 --total-timesteps {50_000 * args.scale:.0f} --eval-episodes 1"
-    grid = flags.replace("--", "").replace("-", "_").split()
-    grid = [f"{name}={value}" for name, value in zip(grid[::2], grid[1::2], strict=True)]
-    one = f"OMP_NUM_THREADS=1 $PYTHON a3c.py {flags} --seed {{}} --log-dir {{folder}}/runs > /dev/null"
-    with_xargs = f"os.system('seq 1 20 | xargs -P 2 -I{{}} sh -c \"{one}\"')"
-    with_xargs = f"import os, sys; os.environ['PYTHON'] = sys.executable; sys.exit({with_xargs} > 0)"
-    sweep = ["experiments/sweep.py", "a3c.py", "--seeds", "1-20", "--log-dir", "{folder}", "--grid", *grid]
+    settings = {"num_workers": 1, "total_timesteps": int(50_000 * args.scale), "eval_episodes": 1}
+    script = ["a3c.py", *tools.flags(**settings).split(), "--seed={}", "--log-dir={folder}"]
+    with_xargs = "import subprocess, sys; seeds = '\\n'.join(map(str, range(1, 21)))\n"
+    with_xargs += f"command = ['xargs', '-P2', '-I{{}}', sys.executable, *{script}]\n"
+    with_xargs += "sys.exit(subprocess.run(command, input=seeds, text=True).returncode)"
+    sweep = ["experiments/sweep.py", "a3c.py", "--seeds", "1-20", "--log-dir", "{folder}", "--grid"]
+    sweep += [f"{name}={value}" for name, value in settings.items()]
     contestants = {
         "xargs -P 2": tools.Command(["-c", with_xargs], tools.ROOT),
         "sweep.py": tools.Command(sweep, tools.ROOT),
@@ -168,33 +183,38 @@ def compare_staleness(args: Args) -> pd.DataFrame:
     flags = (
         breakout_flags(1_000_000 * args.scale)
         if args.env_id == BREAKOUT
-        else f"--total-timesteps={200_000 * args.scale:.0f}"
+        else f"--total-timesteps={500_000 * args.scale:.0f}"
     )
     contestants = {}
     for workers in (2, 4, 8, 16):
         for lag in (0, 1, 4):
             options = f"--num-workers={workers} --cpus-per-worker={2 / workers} --lag={lag} {flags}"
             contestants[workers, lag] = tools.script("experiments/cluster_a3c.py", options)
-    runs = tools.play(contestants, tools.read_return, args, "cluster")
+
+    def read(folder: Path) -> dict[str, float]:
+        first = tools.read_table(folder, "episodes").groupby("worker")["step"].min()
+        return tools.read_return(folder) | {ALL_AT_WORK: float(first.max()), "workers at work": float(len(first))}
+
+    runs = tools.play(contestants, read, args, "cluster")
     runs[["workers", "lag"]] = runs["name"].tolist()
-    table = runs.groupby(["workers", "lag"])[tools.RETURN].agg(["median", "min", "max"]).reset_index()
+    groups = runs.groupby(["workers", "lag"])
+    table = groups[tools.RETURN].agg(["median", "min", "max"]).reset_index()
     table.insert(2, "updates in between", table["workers"] * (table["lag"] + 1) - 1)
+    table = table.join(groups[["workers at work", ALL_AT_WORK]].median().reset_index(drop=True))
     tools.print_table(f"{args.env_id}, {tools.RETURN}: workers", table.set_index("workers"))
     return runs
 
 
 def main(args: Args) -> int:
     parts = {
+        "calls": measure_calls,
         "speed": compare_speed,
         "cartpole": lambda args: learn_on_nodes(args, 2, 200_000, None),
         "kills": lambda args: learn_on_nodes(args, 3, 600_000, 20.0),
         "sweep": compare_sweep,
         "staleness": compare_staleness,
     }
-    if args.only in (None, "calls") and not args.draw_only:
-        measure_calls(args)
-    runs = [play(args) for part, play in parts.items() if args.only in (None, part)]
-    return tools.finish(*runs) if runs else 0
+    return tools.finish(*(play(args) for part, play in parts.items() if args.only in (None, part)))
 
 
 if __name__ == "__main__":

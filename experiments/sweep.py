@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import importlib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -51,7 +52,7 @@ class Args:
     grid: tuple[str, ...] = ()
     """arguments with their values, as learning_rate=1e-3,3e-3 total_timesteps=50000; each combination is a setting"""
     cpus_per_run: PositiveFloat | None = None
-    """CPUs that a run claims; by default one for each of its workers, but no more than a machine has"""
+    """CPUs that a run claims; by default one for each of its workers or threads, but no more than a machine has"""
     address: str | None = None
     """of the cluster, or `auto`; by default RAY_ADDRESS, and without it Ray starts on this machine"""
     log_dir: Path = Path("runs/sweep")
@@ -113,9 +114,22 @@ def parse_run(run: dict):
     return args
 
 
+def cpus_of(args) -> int:
+    """How many CPUs a run with these arguments of its script uses."""
+    return getattr(args, "num_workers", getattr(args, "num_threads", 1))
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run has ended with an evaluation. One that was being written when its machine was lost is none."""
+    for path in folder.rglob("evaluation.json"):
+        with contextlib.suppress(ValueError):
+            return bool(json.loads(path.read_text()))
+    return False
+
+
 def play(script: str, flags: list[str], folder: Path) -> str:
     """One run, a task of Ray, which goes on where an earlier one has ended. Returns why it failed, or nothing."""
-    if [*folder.rglob("evaluation.json")]:
+    if is_finished(folder):
         return ""  # it had ended already when its task was lost
     for run in [path.parent for path in folder.rglob("args.json")]:
         if not (run / "checkpoint.pt").exists():
@@ -164,7 +178,7 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
 def main(args: Args) -> int:
     runs = all_runs(args)
     commands = [(run["script"], to_flags(run)) for run in runs.to_dict("records")]
-    cpus = [args.cpus_per_run or getattr(parse_run(run), "num_workers", 1) for run in runs.to_dict("records")]
+    cpus = [args.cpus_per_run or cpus_of(parse_run(run)) for run in runs.to_dict("records")]
     words = [runs["script"], runs["env_id"]]
     words += [f"{name}=" + runs[name] for name in runs.columns[2:-1] if runs[name].nunique() > 1]
     runs["setting"] = [" ".join(setting) for setting in zip(*words, strict=True)]
@@ -174,21 +188,22 @@ def main(args: Args) -> int:
     largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
     if largest < (args.cpus_per_run or 1):
         fail(f"a machine of the cluster has {largest:g} CPUs at most, less than a run claims (--cpus-per-run)")
+    with failing("--cpus-per-run"):
+        # max_retries: if its machine is lost
+        options = [{"num_cpus": float(min(claim, largest)), "max_retries": 100} for claim in cpus]
+        tasks = [ray.remote(play).options(**each) for each in options]
     log_dir = args.log_dir.absolute()
     folders = [log_dir / folder_name(" ".join([script, *flags])) for script, flags in commands]
     with failing("--log-dir"):
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "at_work").unlink(missing_ok=True)
-    new_task = ray.remote(play)
+    missing = [index for index, folder in enumerate(folders) if not is_finished(folder)]
     left, failed = {}, {}  # index of each task; cause of each run that has failed
-    for index, (command, folder) in enumerate(zip(commands, folders, strict=True)):
-        if not [*folder.rglob("evaluation.json")]:
-            options = {"num_cpus": float(min(cpus[index], largest)), "max_retries": 100}  # if its machine is lost
-            left[new_task.options(**options).remote(*command, folder)] = index
     code = 0
-    with tqdm(total=len(runs), initial=len(runs) - len(left), unit=" runs", file=sys.stdout, disable=None) as bar:
+    with tqdm(total=len(runs), initial=len(runs) - len(missing), unit=" runs", file=sys.stdout, disable=None) as bar:
         try:
+            left = {tasks[index].remote(*commands[index], folders[index]): index for index in missing}
             while left:
                 for each in ray.wait([*left], timeout=1.0)[0]:
                     index = left.pop(each)
@@ -217,7 +232,7 @@ def main(args: Args) -> int:
     if runs[tools.RETURN].notna().any():
         tools.print_table(tools.RETURN, summary(runs))
     print(f"{len(runs)} runs, of which {len(failed)} have failed: {log_dir / 'sweep.csv'}")
-    return code or int(len(failed) > 0)
+    return code or int((runs["failed"] != "").any())
 
 
 if __name__ == "__main__":

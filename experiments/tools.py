@@ -39,7 +39,7 @@ SPEED, RETURN = "steps per second", "greedy return"
 SECONDS_TO_TARGET, STEPS_TO_TARGET = "seconds to target", "steps to target"
 MEASURES = SPEED, RETURN, SECONDS_TO_TARGET, STEPS_TO_TARGET, "wall_seconds", "curve"
 NOT_RUN = "not run yet"
-PACKAGES = ("torch", "gymnasium", "numpy", "stable-baselines3", "sb3-contrib", "sbx-rl", "jax", "pfrl", "mujoco")
+PACKAGES = ("torch", "gymnasium", "numpy", "stable-baselines3", "sb3-contrib", "sbx-rl", "jax", "pfrl", "mujoco", "ray")
 
 
 def parse_args(args_class: type):

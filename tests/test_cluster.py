@@ -23,6 +23,8 @@ from ray.cluster_utils import Cluster
 
 import a3c
 import async_qlearning
+import ddpg
+import gae
 
 FOR_EVER = {"total_timesteps": 10**9, "log_interval": 500, "eval_episodes": 1}
 SMALL = {"object_store_memory": 10**8}
@@ -180,12 +182,27 @@ def test_a_worker_that_raises_ends_the_run(cluster, tmp_path, capsys):
     assert load(checkpoint.parent)["step"] == 35  # an episode has 5 steps
 
 
+@on_a_cluster("runs")
+def test_a_worker_that_hangs_is_given_up(cluster, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cluster_a3c, "PATIENCE_SECONDS", 1.0)
+    options = {"env_id": "faulty:HangsAtClose-v0", "num_workers": 1, "total_timesteps": 100}
+    args = cluster_a3c.args_class("a3c")(**options, address=cluster.address, log_dir=str(tmp_path))
+    assert in_this_process(cluster_a3c.main, a3c, args) == 1
+    assert "a3c: 1 workers do not end and are given up" in capsys.readouterr().err
+    (checkpoint,) = tmp_path.rglob("checkpoint.pt")
+    assert load(checkpoint.parent)["step"] > 100
+
+
 @on_a_cluster("sweeps")
 @pytest.mark.usefixtures("one_cluster")
-def test_asynchronous_q_learning_on_this_machine_alone(tmp_path):
-    options = {"num_workers": 2, "lag": 1, "total_timesteps": 1000, "eval_episodes": 3}
-    args = cluster_a3c.args_class("async_qlearning")(**options, log_dir=str(tmp_path))
+def test_asynchronous_q_learning_goes_on_on_this_machine_alone(tmp_path):
+    first = async_qlearning.Args(num_workers=1, total_timesteps=200, eval_episodes=0, log_dir=str(tmp_path))
+    assert async_qlearning.main(first) == 0
+    (folder,) = tmp_path.iterdir()
+    options = {"num_workers": 2, "lag": 1, "total_timesteps": 1000, "eval_episodes": 3, "resume": str(folder)}
+    args = cluster_a3c.args_class("async_qlearning")(**options)
     assert in_this_process(cluster_a3c.main, async_qlearning, args) == 0
+    assert tables(folder)[0]["step"].min() < 200  # the script's own
     (evaluation,) = tmp_path.rglob("evaluation.json")
     assert json.loads(evaluation.read_text())["episodes"] == 3
     checkpoint = load(evaluation.parent)
@@ -281,6 +298,18 @@ def test_the_runs_of_a_sweep():
 def test_a_setting_that_is_given_twice_is_run_once():
     args = sweep.Args(("a3c.py", "a3c.py"), seeds="1,1-2", env_ids=("CartPole-v1", "CartPole-v1"))
     assert sweep.all_runs(args)["seed"].tolist() == [1, 2]
+
+
+def test_a_run_is_finished_when_its_evaluation_is_whole(tmp_path):
+    assert not sweep.is_finished(tmp_path)
+    (tmp_path / "run").mkdir()
+    for text, finished in ('{"mean_return": 1', False), ('{"mean_return": 1.0}', True):
+        (tmp_path / "run" / "evaluation.json").write_text(text)
+        assert sweep.is_finished(tmp_path) == finished
+
+
+def test_a_run_claims_a_cpu_for_each_worker_or_thread():
+    assert [sweep.cpus_of(args) for args in (a3c.Args(), gae.Args(), ddpg.Args(num_threads=4))] == [8, 1, 4]
 
 
 def test_long_commands_have_folders_of_their_own():
