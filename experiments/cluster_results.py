@@ -21,6 +21,7 @@ machine. On two cores they take:
 
 import contextlib
 import itertools
+import os
 import subprocess
 import sys
 import time
@@ -75,6 +76,7 @@ def call(server, worker: int, size: int, seconds: float) -> float:
 
 def count_calls(size: int, workers: int, seconds: float, seed: int, folder: Path) -> None:
     """How many calls per second a server with so many numbers in theta answers to all of these workers together."""
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # from where Ray's processes import Server
     tools.start_ray(None)
     server = ray.remote(Server).options(num_cpus=0).remote("a3c", a3c.Args(), {"theta": np.zeros(size, np.float32)}, 0)
     ray.get(server.join.remote(0))
