@@ -95,6 +95,7 @@ def show(runs: pd.DataFrame, args: Args) -> None:
                 color = f"C{args.methods.index(method)}"
                 tools.draw_curves(axes, group["curve"].tolist(), color, method, x, scale)
             axes.set(xlabel=label, ylabel="score", title=game)
+        column[0].set(xscale="log", xlim=(0.003, None))  # hours: DQN takes ten times as long as the others
     labels = {label: line for axes in panels[0] for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(labels.values(), labels, loc="outside lower center", ncols=len(args.methods))
     tools.save_figure(figure, args.pictures / "async_methods.png")
