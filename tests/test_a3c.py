@@ -113,6 +113,7 @@ def test_actions_are_drawn_from_the_policy(space):
     if model.discrete:
         np.testing.assert_allclose(np.bincount(draws) / 10_000, policy.probs.detach(), atol=0.02)
     else:
+        assert draws.dtype == np.float32  # as the network's outputs, so that the loss is
         draws = (draws - policy.mean.detach().numpy()) / policy.stddev.detach().numpy()
         np.testing.assert_allclose([draws.mean(0), *np.cov(draws.T)], [[0, 0], [1, 0], [0, 1]], atol=0.06)
 
