@@ -222,7 +222,7 @@ class QNetwork(nn.Module):
         self.theta = parameters_to_vector(self.parameters()).detach().share_memory_() if theta is None else theta
         vector_to_parameters(self.theta, self.parameters())
         # The same as numpy views of the same memory: for one small observation they take a fraction of torch's
-        # time. On large images it is no faster.
+        # time. On large images they are no faster.
         self.layers = [(layer.weight.detach().T.numpy(), layer.bias.detach().numpy()) for layer in layers]
         self.convolutions = [*numpy_convolutions(self.q, shape)]
 
