@@ -191,7 +191,7 @@ def image_layers(shape: tuple[int, ...]) -> nn.Sequential:
 
 
 # The activations of the image layers, in numpy
-NUMPY_ACTIVATIONS = {nn.ReLU: lambda x: np.maximum(x, 0), nn.ELU: lambda x: np.maximum(x, np.expm1(np.minimum(x, 0)))}
+NUMPY_ACTIVATIONS = {nn.ReLU: lambda x: np.maximum(x, 0), nn.ELU: lambda x: np.maximum(x, np.exp(np.minimum(x, 0)) - 1)}
 
 
 def numpy_convolutions(layers: nn.Sequential, shape: tuple[int, ...]) -> Iterator[tuple[np.ndarray, ...]]:
@@ -235,8 +235,8 @@ class ActorCritic(nn.Module):
             layers, self.activation = self.actor[::2], np.tanh
         self.theta = parameters_to_vector(self.parameters()).detach().share_memory_()
         vector_to_parameters(self.theta, self.parameters())
-        # The actor again, as numpy views of the same memory: for one small observation it takes a fraction of torch's
-        # time. On large images it is no faster.
+        # The actor again, as numpy views of the same memory: for one observation it is faster than torch, for a small
+        # one many times.
         self.layers = [(layer.weight.detach().T.numpy(), layer.bias.detach().numpy()) for layer in layers]
         self.convolutions = [*numpy_convolutions(self.body, observation_shape)]
 

@@ -178,7 +178,7 @@ def image_layers(shape: tuple[int, ...]) -> nn.Sequential:
 
 
 # The activations of the image layers, in numpy
-NUMPY_ACTIVATIONS = {nn.ReLU: lambda x: np.maximum(x, 0), nn.ELU: lambda x: np.maximum(x, np.expm1(np.minimum(x, 0)))}
+NUMPY_ACTIVATIONS = {nn.ReLU: lambda x: np.maximum(x, 0), nn.ELU: lambda x: np.maximum(x, np.exp(np.minimum(x, 0)) - 1)}
 
 
 def numpy_convolutions(layers: nn.Sequential, shape: tuple[int, ...]) -> Iterator[tuple[np.ndarray, ...]]:
@@ -221,8 +221,8 @@ class QNetwork(nn.Module):
         # self.q is Q(s, .; theta), shape (n, actions), of n observations
         self.theta = parameters_to_vector(self.parameters()).detach().share_memory_() if theta is None else theta
         vector_to_parameters(self.theta, self.parameters())
-        # The same as numpy views of the same memory: for one small observation they take a fraction of torch's
-        # time. On large images they are no faster.
+        # The same as numpy views of the same memory: for one observation they are faster than torch, for a small one
+        # many times.
         self.layers = [(layer.weight.detach().T.numpy(), layer.bias.detach().numpy()) for layer in layers]
         self.convolutions = [*numpy_convolutions(self.q, shape)]
 

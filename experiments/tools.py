@@ -25,7 +25,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import tyro
-from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -337,11 +336,19 @@ def spread(runs: pd.DataFrame, measure: str) -> pd.DataFrame:
     return table.rename(columns={"size": "runs"})
 
 
+def bootstrap(values: np.ndarray, resamples: int = 9999):
+    """The 95 % bootstrap interval of the mean over the first axis, from `low` to `high`."""
+    from scipy import stats  # which takes seconds
+
+    options = {"method": "percentile", "n_resamples": resamples, "rng": 0, "axis": 0}
+    return stats.bootstrap((values,), np.mean, **options).confidence_interval
+
+
 def interval(values: list[float]) -> tuple[float, float]:
     """The 95 % bootstrap interval of the mean; NaN where it cannot be known."""
     if len(values) < 2 or np.ptp(values) == 0:
         return np.nan, np.nan
-    return tuple(stats.bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval)
+    return tuple(bootstrap(np.array(values)))
 
 
 def with_interval(values: list[float]) -> str:
@@ -424,8 +431,7 @@ def draw_curves(axes, curves: list[pd.DataFrame], color: str, label: str, x: str
     position, returns = together[[x]].mean(axis=1) / scale, together[["return"]].to_numpy().T
     axes.plot(position, returns.mean(axis=0), color=color, linewidth=2, label=label)
     if len(curves) > 1:
-        options = {"method": "percentile", "n_resamples": 1000, "rng": 0, "axis": 0}
-        bounds = stats.bootstrap((returns,), np.mean, **options).confidence_interval
+        bounds = bootstrap(returns, resamples=1000)
         axes.fill_between(position, bounds.low, bounds.high, color=color, alpha=0.15, linewidth=0)
     axes.grid(alpha=0.3)
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ pytest.importorskip("scipy")
 import cluster_a3c
 import ray
 import sweep
+import tools
 from ray.cluster_utils import Cluster
 
 import a3c
@@ -30,12 +32,12 @@ FOR_EVER = {"total_timesteps": 10**9, "log_interval": 500, "eval_episodes": 1}
 SMALL = {"object_store_memory": 10**8}
 
 
-def on_a_cluster(group: str) -> Callable:
-    """Each group has a cluster of its own, in one of pytest's processes."""
-    return lambda test: pytest.mark.xdist_group(group)(pytest.mark.timeout(300)(test))
+def on_a_cluster(test: Callable) -> Callable:
+    """All in one of pytest's processes, on the same cluster."""
+    return pytest.mark.xdist_group("cluster")(test)
 
 
-# On a cluster of two nodes with a CPU each
+# On a cluster whose nodes have a CPU each
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +59,29 @@ def one_cluster(gate):
         cluster = Cluster(initialize_head=True, head_node_args=head)
         cluster.nodes = []
         yield cluster
+        ray.shutdown()
         cluster.shutdown()
+
+
+def with_nodes(cluster: Cluster, number: int) -> Cluster:
+    """The cluster with so many nodes, or more."""
+    while len(cluster.nodes) < number:
+        cluster.nodes.append(cluster.add_node(wait=False, num_cpus=1, **SMALL))
+    cluster.wait_for_nodes()
+    return cluster
 
 
 @pytest.fixture
 def cluster(one_cluster):
-    """Two nodes with a CPU each."""
-    while len(one_cluster.nodes) < 2:
-        one_cluster.nodes.append(one_cluster.add_node(num_cpus=1, **SMALL))
-    one_cluster.wait_for_nodes()
-    return one_cluster
+    return with_nodes(one_cluster, 1)
+
+
+@pytest.fixture
+def connected(cluster, monkeypatch):
+    """This process is connected to the cluster; what it runs there finds workers that have imported everything."""
+    if not ray.is_initialized():
+        tools.start_ray(cluster.address)
+    monkeypatch.setattr(tools, "start_ray", lambda address: None)
 
 
 class Program:
@@ -118,14 +133,6 @@ def run(tmp_path):
         program.process.wait()
 
 
-def in_this_process(main: Callable, *arguments) -> int:
-    """The exit code of an experiment's `main`."""
-    try:
-        return main(*arguments)
-    finally:
-        ray.shutdown()
-
-
 def processes(title: str) -> list[psutil.Process]:
     """The cluster's processes that do this."""
     found = []
@@ -136,8 +143,9 @@ def processes(title: str) -> list[psutil.Process]:
     return found
 
 
-@on_a_cluster("runs")
+@on_a_cluster
 def test_the_run_goes_on_without_a_worker_and_without_a_node(run, cluster):
+    with_nodes(cluster, 2)
     program = run("cluster_a3c.py", address=cluster.address, num_workers=2, **FOR_EVER)
     folder = program.files("metrics.csv", lines=2)[0].parent
     wait_until(lambda: set(tables(folder)[0]["worker"]) == {0, 1})
@@ -159,90 +167,71 @@ def test_the_run_goes_on_without_a_worker_and_without_a_node(run, cluster):
     assert step + 500 < load(folder)["step"] <= step + 500 + 32
 
 
-@on_a_cluster("runs")
-def test_the_server_is_lost(run, cluster):
-    program = run("cluster_a3c.py", address=cluster.address, num_workers=1, **FOR_EVER)
-    folder = program.files("metrics.csv", lines=3)[0].parent
-    for process in processes("ray::Server"):
-        process.kill()
-    code, output = program.finish()
-    assert code == 1
-    resume = f"--script a3c.py --resume {folder.relative_to(folder.parents[1])} --address {cluster.address}"
-    assert f"a3c: the parameter server is lost: python experiments/cluster_a3c.py {resume}\n" in output
+@on_a_cluster
+@pytest.mark.usefixtures("connected")
+def test_the_server_is_lost(cluster, tmp_path, capsys):
+    def kill_server() -> None:
+        wait_until(lambda: any(path.read_bytes().count(b"\n") >= 3 for path in tmp_path.rglob("metrics.csv")))
+        for process in processes("ray::Server"):
+            process.kill()
+
+    killer = threading.Thread(target=kill_server)
+    killer.start()
+    args = cluster_a3c.args_class("a3c")(**FOR_EVER, num_workers=1, address=cluster.address, log_dir=str(tmp_path))
+    assert cluster_a3c.main(a3c, args) == 1
+    killer.join()
+    (folder,) = tmp_path.iterdir()
+    resume = f"--script a3c.py --resume {folder} --address {cluster.address}"
+    assert f"a3c: the parameter server is lost: python experiments/cluster_a3c.py {resume}\n" in capsys.readouterr().err
     assert load(folder)["step"] > 0
 
 
-@on_a_cluster("runs")
-def test_a_worker_that_raises_ends_the_run(cluster, tmp_path, capsys):
+@on_a_cluster
+@pytest.mark.usefixtures("connected")
+def test_a_worker_that_raises_ends_the_run(tmp_path, capsys):
     options = {"env_id": "faulty:Failing-v0", "num_workers": 1, "total_timesteps": 1000, "t_max": 10}
-    args = cluster_a3c.args_class("a3c")(**options, address=cluster.address, log_dir=str(tmp_path))
-    assert in_this_process(cluster_a3c.main, a3c, args) == 1
+    args = cluster_a3c.args_class("a3c")(**options, log_dir=str(tmp_path))
+    assert cluster_a3c.main(a3c, args) == 1
     assert "RuntimeError: the probe broke" in capsys.readouterr().err
     (checkpoint,) = tmp_path.rglob("checkpoint.pt")
     assert load(checkpoint.parent)["step"] == 35  # an episode has 5 steps
 
 
-@on_a_cluster("runs")
-def test_a_worker_that_hangs_is_given_up(cluster, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cluster_a3c, "PATIENCE_SECONDS", 1.0)
-    options = {"env_id": "faulty:HangsAtClose-v0", "num_workers": 1, "total_timesteps": 100}
-    args = cluster_a3c.args_class("a3c")(**options, address=cluster.address, log_dir=str(tmp_path))
-    assert in_this_process(cluster_a3c.main, a3c, args) == 1
-    assert "a3c: 1 workers do not end and are given up" in capsys.readouterr().err
-    (checkpoint,) = tmp_path.rglob("checkpoint.pt")
-    assert load(checkpoint.parent)["step"] > 100
-
-
-@on_a_cluster("sweeps")
-@pytest.mark.usefixtures("one_cluster")
-def test_asynchronous_q_learning_goes_on_on_this_machine_alone(tmp_path):
-    first = async_qlearning.Args(num_workers=1, total_timesteps=200, eval_episodes=0, log_dir=str(tmp_path))
-    assert async_qlearning.main(first) == 0
-    (folder,) = tmp_path.iterdir()
-    options = {"num_workers": 2, "lag": 1, "total_timesteps": 1000, "eval_episodes": 3, "resume": str(folder)}
-    args = cluster_a3c.args_class("async_qlearning")(**options)
-    assert in_this_process(cluster_a3c.main, async_qlearning, args) == 0
-    assert tables(folder)[0]["step"].min() < 200  # the script's own
-    (evaluation,) = tmp_path.rglob("evaluation.json")
-    assert json.loads(evaluation.read_text())["episodes"] == 3
-    checkpoint = load(evaluation.parent)
-    assert checkpoint["script"] == "async_qlearning"
-    assert 1000 < checkpoint["step"] < 1000 + 2 * 3 * 40  # segments of each worker, under way and ahead
-    assert checkpoint["theta_target"].shape == checkpoint["g"].shape
-
-
-@on_a_cluster("sweeps")
+@on_a_cluster
+@pytest.mark.usefixtures("connected")
 def test_a_sweep_survives_the_loss_of_a_node_and_sigterm(run, cluster, gate, capsys):
-    grid = ["num_workers=1", "log_interval=10", "total_timesteps=100", "t_max=5,6"]
+    grid = ["num_workers=1", "log_interval=10", "total_timesteps=100", "t_max=5"]
     env_id = "faulty:Waits-v0"
     command = "sweep.py", "a3c.py", "--seeds", "1", "--address", cluster.address, "--env-ids", env_id, "--grid", *grid
     program = run(*command)
-    program.files("checkpoint.pt", number=2)
-    cluster.remove_node(cluster.nodes.pop(), allow_graceful=False)
-    cluster.nodes.append(cluster.add_node(num_cpus=1, **SMALL))
+    program.files("checkpoint.pt")
+    for node in cluster.nodes:
+        cluster.remove_node(node, allow_graceful=False)
+    cluster.nodes = [cluster.add_node(num_cpus=1, **SMALL)]
     starts = f"a3c: {env_id}"
-    wait_until(lambda: max(path.read_text().count(starts) for path in program.files("output.txt")) == 2)
+    wait_until(lambda: program.files("output.txt")[0].read_text().count(starts) == 2)
     code, output = program.stop(signal.SIGTERM)
     assert code == 143
     assert "stopped; the same command goes on with what is left" in output
     wait_until(lambda: not processes("a3c.py"))
     gate.touch()
-    options = {"seeds": "1", "address": cluster.address, "log_dir": program.runs, "grid": tuple(grid)}
-    assert in_this_process(sweep.main, sweep.Args(("a3c.py",), env_ids=(env_id,), **options)) == 0
+    options = {"seeds": "1", "log_dir": program.runs, "grid": tuple(grid)}
+    assert sweep.main(sweep.Args(("a3c.py",), env_ids=(env_id,), **options)) == 0
     rows = pd.read_csv(program.runs / "sweep.csv")
-    assert rows["t_max"].tolist() == [5, 6]
-    assert all(load(Path(folder))["step"] > 100 for folder in rows["folder"])
-    assert len([*program.runs.rglob("args.json")]) == 2  # the lost one was resumed, not begun anew
-    assert f"| a3c.py {env_id} t_max=6 | 1 |" in capsys.readouterr().out
+    assert rows["t_max"].tolist() == [5]
+    assert load(Path(rows["folder"][0]))["step"] > 100
+    assert len([*program.runs.rglob("args.json")]) == 1  # the lost one was resumed, not begun anew
+    assert f"| a3c.py {env_id} | 1 |" in capsys.readouterr().out
 
 
-@on_a_cluster("sweeps")
-def test_a_sweep_reports_what_fails_and_skips_what_is_finished(cluster, tmp_path, capsys):
+@on_a_cluster
+@pytest.mark.usefixtures("connected")
+def test_a_sweep_reports_what_fails_and_skips_what_is_finished(tmp_path, capsys):
     grid = "num_workers=1", "total_timesteps=100", "eval_episodes=1"
-    options = {"seeds": "3", "address": cluster.address, "log_dir": tmp_path, "grid": grid}
+    options = {"seeds": "3", "log_dir": tmp_path, "grid": grid}
 
     def run_on(*env_ids: str) -> tuple[int, str]:
-        code = in_this_process(sweep.main, sweep.Args(("a3c.py",), env_ids=env_ids, **options))
+        code = sweep.main(sweep.Args(("a3c.py",), env_ids=env_ids, **options))
         return code, capsys.readouterr().out
 
     code, output = run_on("CartPole-v1", "faulty:Failing-v0")
@@ -259,6 +248,38 @@ def test_a_sweep_reports_what_fails_and_skips_what_is_finished(cluster, tmp_path
     assert code == 0
     assert evaluation.stat().st_mtime == last_change
     assert "| a3c.py CartPole-v1 | 1 |" in output
+
+
+@on_a_cluster
+@pytest.mark.usefixtures("connected")
+def test_a_worker_that_hangs_is_given_up(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cluster_a3c, "PATIENCE_SECONDS", 1.0)
+    options = {"env_id": "faulty:HangsAtClose-v0", "num_workers": 1, "total_timesteps": 100, "eval_episodes": 0}
+    args = cluster_a3c.args_class("a3c")(**options, log_dir=str(tmp_path))
+    assert cluster_a3c.main(a3c, args) == 1
+    assert "a3c: 1 workers do not end and are given up" in capsys.readouterr().err
+    (checkpoint,) = tmp_path.rglob("checkpoint.pt")
+    assert load(checkpoint.parent)["step"] > 100
+    ray.shutdown()  # ends the worker
+
+
+@on_a_cluster
+def test_asynchronous_q_learning_goes_on_on_this_machine_alone(tmp_path):
+    ray.shutdown()
+    first = async_qlearning.Args(num_workers=1, total_timesteps=200, eval_episodes=0, log_dir=str(tmp_path))
+    assert async_qlearning.main(first) == 0
+    (folder,) = tmp_path.iterdir()
+    options = {"num_workers": 1, "lag": 1, "total_timesteps": 1000, "eval_episodes": 3, "resume": str(folder)}
+    args = cluster_a3c.args_class("async_qlearning")(**options)
+    assert cluster_a3c.main(async_qlearning, args) == 0
+    ray.shutdown()
+    assert tables(folder)[0]["step"].min() < 200  # the script's own
+    (evaluation,) = tmp_path.rglob("evaluation.json")
+    assert json.loads(evaluation.read_text())["episodes"] == 3
+    checkpoint = load(evaluation.parent)
+    assert checkpoint["script"] == "async_qlearning"
+    assert 1000 < checkpoint["step"] < 1000 + 3 * 40  # segments, under way and ahead
+    assert checkpoint["theta_target"].shape == checkpoint["g"].shape
 
 
 # Command lines

@@ -219,8 +219,11 @@ def test_what_an_environment_starts_gets_signals(train, script, backend):
     assert code == 0
 
 
-@each_script(*WITH_WORKERS)
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("script", "number", "code"),
+    [(a3c, signal.SIGINT, 130), (async_qlearning, signal.SIGTERM, 143)],
+    ids=["a3c-SIGINT", "async_qlearning-SIGTERM"],
+)
 def test_a_signal_to_the_whole_process_group_saves(start, script, number, code):
     """As a terminal, `timeout` and SLURM send it."""
     child = start(script, "--num-workers", 2, "--backend", "process", "--log-interval", 10**9)

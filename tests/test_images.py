@@ -210,7 +210,8 @@ def test_smoke(train, script, env_id):
     assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
     features = 32 * 4 * 4 if env_id == ATARI else 16 * 8 * 8
     assert features in [tensor.shape[1] for tensor in checkpoint["model"].values() if tensor.dim() == 2]
-    assert script.main(script.Args(**checkpoint["args"] | {"resume": str(folder), "total_timesteps": 200})) == 0
+    resumed = {"resume": str(folder), "total_timesteps": 200, "backend": "thread", "num_workers": 1}
+    assert script.main(script.Args(**checkpoint["args"] | resumed)) == 0
     assert load(folder)["step"] > 200
 
 

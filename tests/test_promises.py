@@ -88,7 +88,7 @@ def test_the_run_folder_holds_what_the_readme_lists(train, script):
     assert episodes[["step", "worker", "return", "length"]].to_numpy().tolist() == [list(row) for row in known]
     assert list(metrics) == ["step", "time", *script.METRICS, "steps_per_second"]
     assert not metrics.isna().any(axis=None)
-    assert metrics["step"].iloc[-1] == step
+    assert 300 <= metrics["step"].iloc[-1] <= step  # in async_qlearning.py, the last step may end no segment
     assert (metrics["steps_per_second"] > 0).all()
     if script not in WITH_WORKERS:  # these are looked at only now and then
         assert metrics["step"].tolist() == [50, 100, 150, 200, 250, 300]
