@@ -547,8 +547,10 @@ def main(args: Args) -> int:
             # Execute it, observe r_t and s_{t+1}
             next_observation, reward, terminated, truncated, info = env.step(action)
             next_observation = np.array(next_observation, dtype)
-            if not (np.isfinite(next_observation).all() and abs(reward) < 3e38):  # what float32 can hold
-                raise FloatingPointError(f"{action} gave {next_observation} and reward {reward} at step {T + 1:,}")
+            # What float32 can hold; the first observation of an episode was not a next one
+            if not (np.isfinite([observation, next_observation]).all() and abs(reward) < 3e38):
+                seen = f"{observation}, {action} gave {next_observation} and reward {reward}"
+                raise FloatingPointError(f"{seen} at step {T + 1:,}")
             T += 1
             # Store the transition in R
             buffer.add(observation, action, reward, next_observation, terminated)

@@ -29,6 +29,13 @@ class ImagesWithChannelsFirst(Images):
         return np.moveaxis(super().observe(), -1, 0)
 
 
+class WideImages(Images):
+    observation_space = spaces.Box(0, 255, (6, 8, 2), np.uint8)
+
+    def observe(self):
+        return np.swapaxes(super().observe(), 0, 1)
+
+
 class LargeImages(Images):
     """Each pixel has become 8 x 8."""
 

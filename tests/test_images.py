@@ -3,6 +3,7 @@
 import sys
 
 import gymnasium as gym
+import image_probes
 import numpy as np
 import pytest
 import torch
@@ -42,6 +43,7 @@ def outputs(network, images: np.ndarray) -> torch.Tensor:
     [
         ("image_probes:Images-v0", (2, 8, 6), np.uint8),
         ("image_probes:ImagesWithChannelsFirst-v0", (2, 8, 6), np.uint8),
+        ("image_probes:WideImages-v0", (2, 6, 8), np.uint8),
         ("image_probes:LargeImages-v0", (2, 64, 48), np.uint8),
         ("image_probes:BoolImages-v0", (2, 8, 6), np.bool_),
         (MINATAR, (4, 10, 10), np.bool_),
@@ -90,6 +92,34 @@ def test_atari_skips_frames_once_and_stacks_four(script, env_id):
         np.testing.assert_array_equal(after[:3], before[1:])
         before = after
     assert len(np.unique(after.reshape(4, -1), axis=0)) > 1  # the ball moves
+
+
+@each_script(*WITH_WORKERS)
+def test_a_lost_life_ends_no_episode(script):
+    needs(ATARI)
+    env = script.make_env("ale_py:BreakoutNoFrameskip-v4")
+    env.reset(seed=0)
+    lives, terminated = env.unwrapped.ale.lives, False
+    for _ in range(200):
+        before = lives()
+        *_, terminated, _, _ = env.step(1)
+        if lives() < before:
+            break
+    assert (lives(), terminated) == (before - 1, False)
+
+
+@each_script(*WITH_WORKERS)
+def test_three_dimensions_of_real_numbers_are_a_vector(monkeypatch, script):
+    monkeypatch.setattr(image_probes.Images, "observation_space", spaces.Box(-1, 1, (4, 4, 4)))
+    assert script.make_env("image_probes:Images-v0").observation_space.shape == (64,)
+
+
+@each_script(*WITH_WORKERS)
+def test_grey_images_are_refused(monkeypatch, script):
+    """They have no channels, and as a vector nobody would learn from them."""
+    monkeypatch.setattr(image_probes.Images, "observation_space", spaces.Box(0, 255, (84, 84), np.uint8))
+    with pytest.raises(ValueError, match="its observations do not flatten to a vector"):
+        script.make_env("image_probes:Images-v0")
 
 
 @each_script(*WITH_WORKERS)
@@ -143,12 +173,18 @@ def test_the_network_follows_the_size_of_the_image(script, shape, convolutions, 
         (layer.in_features, layer.out_features) for layer in network.modules() if isinstance(layer, torch.nn.Linear)
     ]
     assert dense == [(features, units), (units, 3), *([(units, 1)] if script is a3c else [])]
+    activations = {type(layer) for layer in network.modules()} & {torch.nn.ReLU, torch.nn.ELU, torch.nn.Tanh}
+    assert activations == {torch.nn.ELU if len(layers) == 4 else torch.nn.ReLU}
     for images in (rng.integers(0, 256, (7, *shape), np.uint8), rng.random((7, *shape)) < 0.5):
-        expected = outputs(network, images)
-        assert expected.shape == (7, 3)
-        network.theta += 0.05 * torch.randn_like(network.theta)  # every parameter is a view of theta
-        assert not torch.allclose(outputs(network, images), expected)
-        assert [network.act(image) for image in images] == outputs(network, images).argmax(1).tolist()
+        assert outputs(network, images).shape == (7, 3)
+        for image in images:
+            before = outputs(network, image[None])
+            network.theta += 0.05 * torch.randn_like(network.theta)  # every parameter is a view of theta
+            after = outputs(network, image[None])
+            assert not torch.allclose(after, before)
+            assert network.act(image) == after.argmax().item()
+            if script is a3c:
+                np.testing.assert_allclose(network.outputs(image), after[0].detach(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(
         outputs(network, np.full((1, *shape), 255, np.uint8)), outputs(network, np.ones((1, *shape), bool))
     )

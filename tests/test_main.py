@@ -1,15 +1,20 @@
 """What main and the workers hand on: the right one of several things, at the right time."""
 
 import copy
+import os
 import queue
 import re
+import runpy
+import signal
+import sys
+import threading
 import time
 
 import numpy as np
 import probes
 import pytest
 import torch
-from conftest import WITH_WORKERS, each_script, load, tables, wait_until
+from conftest import SHORT, WITH_WORKERS, as_options, each_script, load, tables, wait_until
 
 import async_qlearning
 import ddpg
@@ -136,3 +141,150 @@ def test_torch_takes_the_threads_it_is_given(train, script):
     train(script, total_timesteps=20)
     threads = re.findall(r"get_max_threads\(\) : (\d+)", torch.__config__.parallel_info())  # of OpenMP and MKL
     assert set(threads) == {"1"}
+
+
+@each_script()
+def test_a_failure_is_the_exit_code_of_the_program(monkeypatch, tmp_path, script):
+    options = SHORT[script] | {"env_id": "faulty:Failing-v0", "total_timesteps": 200, "log_dir": tmp_path}
+    monkeypatch.setattr(sys, "argv", [script.__file__, *as_options(**options)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script.__file__, run_name="__main__")
+    assert end.value.code == 1
+
+
+@each_script()
+def test_the_terminal_tells_what_is_run_where_and_how_far_it_is(train, monkeypatch, capsys, script):
+    steps, progress = [], script.Run.progress
+    monkeypatch.setattr(script.Run, "progress", lambda run, step: steps.append(step) or progress(run, step))
+    _, folder = train(script, total_timesteps=100)
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{script.SCRIPT}: {load(folder)['args']['env_id']}, ")
+    assert first.endswith(f", {folder}")
+    assert steps[-1] >= 100
+
+
+@each_script()
+def test_only_the_first_reset_of_an_environment_has_a_seed(train, monkeypatch, script):
+    """Or every episode would be the same."""
+    seeds, reset = [], probes.Script.reset
+    monkeypatch.setattr(
+        probes.Script, "reset", lambda env, *, seed=None, **_: seeds.append(seed) or reset(env, seed=seed)
+    )
+    train(script, env_id="probes:Script-v0", total_timesteps=60)
+    assert len(seeds) > 3
+    assert isinstance(seeds[0], int)
+    assert set(seeds[1:]) == {None}
+
+
+# Workers, and what main makes of them
+
+
+@each_script(*WITH_WORKERS)
+def test_the_run_lasts_until_the_last_worker_has_ended(train, monkeypatch, script):
+    """And none of them keeps the program alive."""
+    daemons, ended, looks, progress = [], [], [], script.Run.progress
+
+    def work(index, args, shared, rng):
+        daemons.append(threading.current_thread().daemon)
+        if index == 0:  # main looks a few times after the other one has ended
+            wait_until(lambda: ended and len(looks) > ended[0] + 3, seconds=5)
+        shared.count_step(index)
+        shared.done[index] = True
+        ended.append(len(looks))
+
+    monkeypatch.setattr(script, "worker", work)
+    monkeypatch.setattr(script.Run, "progress", lambda run, step: looks.append(step) or progress(run, step))
+    code, folder = train(script, num_workers=2, total_timesteps=1, backend="thread")
+    assert (code, daemons) == (0, [True, True])
+    assert load(folder)["step"] == 2
+
+
+@each_script(*WITH_WORKERS)
+def test_a_worker_that_fails_after_a_signal_is_reported(train, monkeypatch, capfd, script):
+    def work(index, args, shared, rng):
+        shared.count_step(index)
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_until(lambda: shared.stop.value)
+        raise RuntimeError("it broke while it stopped")
+
+    monkeypatch.setattr(script, "worker", work)
+    assert train(script, total_timesteps=10**6)[0] == 1
+    assert capfd.readouterr().err.count("worker 0 has failed") == 1
+
+
+@each_script(*WITH_WORKERS)
+def test_episodes_are_written_in_the_order_of_their_steps(train, monkeypatch, script):
+    def work(index, args, shared, rng):
+        shared.steps[index] = 9
+        shared.done[index] = True
+
+    episodes = [[(step, worker, {"r": 1.0, "l": 1}, 0.0) for step, worker in ((3, 0), (8, 0), (2, 1), (5, 1))]]
+    monkeypatch.setattr(script, "worker", work)
+    monkeypatch.setattr(script.Shared, "reported", lambda shared: episodes.pop() if episodes else [])
+    _, folder = train(script, total_timesteps=8)
+    assert tables(folder)[0]["step"].tolist() == [2, 3, 5, 8]
+
+
+@each_script(*WITH_WORKERS)
+def test_what_workers_tell_is_neither_mixed_nor_rounded(script):
+    shared = script.Shared(torch.ones(1), script.Args(num_workers=3), list)
+    assert len(set(map(id, shared.episodes))) == 3  # of one that is killed while it writes, the others need nothing
+    shared.steps[1] = 2**40
+    shared.count_step(1)
+    assert shared.T == 2**40 + 1
+    for value in (1e9, 1.0):
+        shared.log(0, dict.fromkeys(script.METRICS, value))
+        assert shared.means() == dict.fromkeys(script.METRICS, value)
+
+
+# Resumed runs, and numbers that are none
+
+
+def test_a_resumed_run_keeps_the_averages_of_both_optimizers_of_gae(train):
+    steps = []
+    _, folder = train(gae, trust_region=False, total_timesteps=40)
+    for total in (50, 60):
+        states = load(folder)["optimizers"]
+        steps.append([states[name]["state"][0]["step"].item() for name in ("actor", "critic")])
+        train(gae, trust_region=False, total_timesteps=total, resume=str(folder))
+    assert steps[1][0] > steps[0][0] > 0
+    assert steps[1][1] > steps[0][1] > 0
+
+
+def test_what_gae_has_measured_is_in_its_checkpoint():
+    model, other = (gae.ActorCritic(3, gae.spaces.Box(-1, 1, (2,))) for _ in range(2))
+    rng = np.random.default_rng(0)
+    model.observations.update(rng.normal(3, 5, (100, 3)))
+    model.update_return_statistics(rng.normal(7, 2, 100))
+    other.load_state_dict(model.state_dict())
+    observations = rng.normal(3, 5, (20, 3)).astype(np.float32)
+    np.testing.assert_array_equal(other.normalize(observations), model.normalize(observations))
+    inputs = torch.from_numpy(model.normalize(observations))
+    assert torch.equal(other.value(inputs), model.value(inputs))
+
+
+@pytest.mark.parametrize(("std", "expected"), [(1e-3, 1e-3), (0.0, 1.0)])
+def test_gae_normalises_what_varies_a_little(std, expected):
+    model, rng = gae.ActorCritic(3, gae.spaces.Discrete(2)), np.random.default_rng(0)
+    for _ in range(7):
+        model.observations.update(rng.normal(0.1, std, (100, 3)))
+    np.testing.assert_allclose(model.observations.std, expected, rtol=0.1)
+
+
+def test_gae_tells_which_number_is_none(train, capfd):
+    code, folder = train(gae, env_id="faulty:NotANumber-v0", total_timesteps=100, log_interval=1000)
+    assert code == 1
+    assert "the advantages are nan at step 50" in capfd.readouterr().err
+    assert load(folder)["step"] == 50
+
+
+def test_environments_of_gae_are_flat_and_unchecked(monkeypatch):
+    monkeypatch.setattr(probes.Script, "observation_space", gae.spaces.Box(-1, 1, (2, 3)))
+    env = gae.make_env("probes:Script-v0")
+    assert env.observation_space.shape == (6,)
+    assert "Checker" not in str(env)
+
+
+def test_rows_of_ddpg_come_at_every_interval(train):
+    _, folder = train(ddpg, total_timesteps=100, log_interval=20)
+    assert tables(folder)[1]["step"].tolist() == [20, 40, 60, 80, 100]

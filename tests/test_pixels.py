@@ -234,7 +234,7 @@ def test_a_run_goes_on_and_is_evaluated_and_filmed(train_on_pixels):
         batch_norm=True, resume=str(folder), total_timesteps=40, eval_episodes=2, capture_video=True
     )
     assert code == 0
-    assert load(folder)["step"] == 40
+    assert (load(folder)["step"], load(folder)["replayed"]) == (40, 40 + 14)  # a row more for each episode
     assert len(np.load(folder / "replay.npy")) == 41
     assert len(list((folder / "videos").glob("*.mp4"))) == 2
     assert len(tables(folder)[0]) == 13

@@ -82,6 +82,7 @@ def test_the_run_folder_holds_what_the_readme_lists(train, script):
     assert {"versions", "cores", "gil"} <= args.keys()
     assert (args["env_id"], args["total_timesteps"], args["log_interval"]) == ("probes:Counts-v0", 300, 50)
 
+    assert json.loads((folder / "evaluation.json").read_text())["returns"] == [1, 2]  # of a fresh environment
     episodes, metrics = tables(folder)
     step = load(folder)["step"]
     known = [(3 * i, 0, i, 3) for i in range(1, step // 3 + 1)]
@@ -152,6 +153,7 @@ def test_the_last_line_sums_up(train, capsys, script):
 def test_every_argument_has_help_and_every_number_a_range(command, capsys, script):
     assert command(script, "--help") == 0
     out = capsys.readouterr().out
+    assert " ".join(script.__doc__.split()[:8]) in " ".join(out.split())
     for name, hint in get_type_hints(script.Args, include_extras=True).items():
         assert re.search(rf"--{name.replace('_', '-')}[ ,]", out), name
         if "float" in str(hint) or "int" in str(hint):

@@ -1,8 +1,7 @@
-"""ddpg.py's runs: exploration, the loop step by step, the replay memory and its file, resume, probe environments."""
+"""ddpg.py's runs: exploration, the loop step by step, resume, probe environments."""
 
 import math
 import re
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +10,10 @@ import pytest
 import torch
 from conftest import load, load_rows, tables
 from gymnasium import spaces
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 import ddpg
-from ddpg import DDPG, Args, OrnsteinUhlenbeckNoise, ReplayBuffer
+from ddpg import DDPG, Args, OrnsteinUhlenbeckNoise
 
 BOX, LOW, HIGH = spaces.Box(-1, 1, (2,)), probes.BOUNDED.low, probes.BOUNDED.high
 
@@ -107,7 +104,10 @@ OU = {"noise": "ou", "noise_std": 2.0, "final_noise_std": 0.1, "ou_theta": 0.4, 
 OU |= {"reward_scale": 0.5}  # the memory and the tables have rewards as they are
 
 
-@pytest.mark.parametrize(("env_id", "options"), [("ReusesItsArray", {}), ("BoundedScript", OU), ("Script", {})])
+@pytest.mark.parametrize(
+    ("env_id", "options"),
+    [("ReusesItsArray", {}), ("BoundedScript", OU), ("BoundedScript", {"final_noise_std": 0.0}), ("Script", {})],
+)
 def test_the_loop(monkeypatch, train, env_id, options):
     play = Play(monkeypatch, train, env_id, **{"noise_std": 1.2} | options)
     observations, actions, rewards, s_next, terminated, truncated = map(np.array, zip(*play.log, strict=True))
@@ -164,13 +164,16 @@ def test_the_loop(monkeypatch, train, env_id, options):
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in cast:RuntimeWarning")
-@pytest.mark.parametrize(("nan", "reward"), [(math.nan, 0.0), (0.0, math.inf), (0.0, 1e39)])
+@pytest.mark.parametrize(
+    ("nan", "reward"), [(math.nan, 0.0), (0.0, math.inf), (0.0, 1e39), (0.0, -math.inf), (0.0, -1e39)]
+)
 def test_what_is_not_finite_is_never_stored(monkeypatch, train, capfd, nan, reward):
     step = probes.Script.step
 
     def broken(self, action):
         observation, *rest = step(self, action)
-        return (observation + nan, reward, *rest[1:]) if len(probes.Script.log) == 40 else (observation, *rest)
+        broken = len(probes.Script.log) == 40
+        return (np.add(observation, [0, nan, 0]), reward, *rest[1:]) if broken else (observation, *rest)
 
     monkeypatch.setattr(probes.Script, "step", broken)
     play = Play(monkeypatch, train)
@@ -179,85 +182,18 @@ def test_what_is_not_finite_is_never_stored(monkeypatch, train, capfd, nan, rewa
     assert re.search("FloatingPointError: .* gave .* at step 40\n", capfd.readouterr().err)
 
 
-# The replay memory
+def test_nor_is_an_episode_that_begins_so(monkeypatch, train):
+    reset, resets = probes.Script.reset, []
 
+    def broken(self, **options):
+        resets.append(len(probes.Script.log))
+        observation, info = reset(self, **options)
+        return np.add(observation, [0, math.nan if len(resets) == 4 else 0, 0]), info
 
-def transition(number: int) -> tuple:
-    """The transition of this number, all of whose parts tell it."""
-    s = np.array([number, number + 0.25], np.float32)
-    return s, np.array([-number, 0.5, number]), 10.0 * number, s + 1, number % 3 == 0
-
-
-def fill(buffer: ReplayBuffer, numbers) -> ReplayBuffer:
-    for number in numbers:
-        buffer.add(*transition(number))
-    return buffer
-
-
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(st.integers(1, 7), st.lists(st.tuples(st.integers(-4, 4), st.lists(st.integers(0, 9), max_size=3)), max_size=3))
-def test_memory_holds_the_latest_transitions(tmp_path_factory, capacity, runs):
-    """Across runs that go on, each with more room or less."""
-    path, count, first = tmp_path_factory.mktemp("memory") / "replay.npy", 0, 0
-    for growth, adds in runs:
-        capacity = max(1, capacity + growth)
-        buffer = ReplayBuffer(capacity, (2,), 3)
-        if path.exists():
-            buffer.load(path, count)
-        buffer.create(path)
-        for n in [0, *adds]:
-            fill(buffer, range(count, count + n)).save(path)
-            count += n
-            expected = np.zeros((capacity, 9), np.float32)
-            first = max(first, count - capacity)
-            for i in range(first, count):
-                expected[i % capacity] = np.hstack(transition(i))
-            assert buffer.count == count
-            assert np.array_equal(buffer.rows, np.load(path))
-            assert np.array_equal(load_rows(path), expected)
-
-
-def test_minibatches_are_uniform_and_copies():
-    buffer, rng = fill(ReplayBuffer(5, (2,), 3), range(7)), np.random.default_rng(0)
-    batch = buffer.sample(10_000, rng)
-    assert [tuple(part.shape[1:]) for part in batch] == [(2,), (3,), (), (2,), ()]
-    before, numbers = [part.clone() for part in batch], (batch[2] / 10).round().int().tolist()
-    for part, expected in zip(batch, zip(*map(transition, numbers), strict=True), strict=True):
-        assert torch.equal(part, torch.tensor(np.array(expected), dtype=torch.float32))
-    np.testing.assert_allclose(np.bincount(numbers) / 10_000, [0, 0, *[0.2] * 5], atol=4 * (0.16 / 10_000) ** 0.5)
-    assert abs(np.corrcoef(numbers[1:], numbers[:-1])[0, 1]) < 0.04
-    assert set((fill(ReplayBuffer(5, (2,), 3), range(1, 4)).sample(99, rng)[2] / 10).int().tolist()) == {1, 2, 3}
-    fill(buffer, range(7, 12))
-    assert all(map(torch.equal, batch, before))
-
-
-def test_file_that_does_not_fit_or_is_damaged_is_refused(tmp_path):
-    path = tmp_path / "replay.npy"
-    fill(ReplayBuffer(5, (2,), 3), range(7)).create(path)
-    for size, actions in (3, 3), (2, 2):
-        with pytest.raises(ValueError, match="has rows of"):
-            ReplayBuffer(5, (size,), actions).load(path, 7)
-    for damaged in path.read_bytes()[:-1], b"no array" * 99:
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"mmap|pickle"):
-            ReplayBuffer(5, (2,), 3).load(path, 7)
-
-
-def test_memory_that_does_not_fit_is_refused(monkeypatch, command, capfd, tmp_path):
-    """With 36 bytes a transition on Pendulum-v1, for no more transitions than the run has steps."""
-    room = {"memory": 36_000, "disk": 36_000}
-    monkeypatch.setattr(ddpg.psutil, "virtual_memory", lambda: SimpleNamespace(available=room["memory"]))
-    monkeypatch.setattr(ddpg.shutil, "disk_usage", lambda path: SimpleNamespace(free=(path == tmp_path) * room["disk"]))
-    args = Args(total_timesteps=1000, log_dir=str(tmp_path / "new" / "runs"))
-    assert ddpg.check_space(args, 36) == 1000
-    assert ddpg.check_space(replace(args, log_dir="/", resume=str(tmp_path), buffer_size=700), 50) == 700
-    for name in room:
-        monkeypatch.setitem(room, name, 35_999)
-        assert command(ddpg, "--total-timesteps", 1000, "--log-dir", args.log_dir) == 2
-        error = capfd.readouterr().err
-        assert re.fullmatch("error: a replay memory of 1,000 needs .*: give --buffer-size 999 at most\n", error)
-        assert not list(tmp_path.iterdir())
-        monkeypatch.setitem(room, name, 36_000)
+    monkeypatch.setattr(probes.Script, "reset", broken)
+    play = Play(monkeypatch, train)
+    assert (play.code, load(play.folder)["step"]) == (1, resets[3])
+    assert not play.rows[resets[3] :].any()
 
 
 # Resume

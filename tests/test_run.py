@@ -8,6 +8,7 @@ import platform
 import signal
 import sys
 import threading
+import time
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,6 +92,7 @@ def new_run(tmp_path):
 def test_the_folder_says_what_was_run(new_run):
     run = new_run(env_id="module:Some/Env-v0", seed=5)
     assert run.folder.name.startswith("module-Some-Env-v0__script__5__")
+    assert abs(int(run.folder.name.split("__")[-1]) - time.time()) < 60  # seconds, as README says
     args = json.loads((run.folder / "args.json").read_text())
     assert args.pop("sizes") == [64, 64]
     assert vars(run.args).items() - {("sizes", (64, 64))} <= args.items()
@@ -144,6 +146,20 @@ def test_an_error_is_printed_and_makes_the_exit_code_1(new_run, capsys, error):
     err = capsys.readouterr().err
     assert err.startswith("script: Traceback")
     assert f"{type(error).__name__}" in err
+
+
+def test_an_error_that_nobody_reads_does_not_keep_the_run_from_being_saved(new_run, monkeypatch):
+    """As after `2>&1 | head`."""
+
+    def write(text: str):
+        raise BrokenPipeError
+
+    run = new_run()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", SimpleNamespace(write=write, flush=lambda: None))
+        with run:
+            raise BrokenPipeError
+    assert run.exit_code == 1
 
 
 def test_a_failure_outweighs_a_signal(new_run):
@@ -225,13 +241,14 @@ def test_rows_and_the_last_line_tell_steps_time_and_speed(new_run, monkeypatch, 
     assert list(metrics) == ["step", "time", "loss", "epsilon", "steps_per_second"]
     assert metrics.to_numpy().tolist() == [[1400, 130, 0.5, 0.25, 5], [1420, 140, 1.5, 0.25, 2]]
     run.close(1420)
-    run.finish("evaluated", None)  # of this part of a resumed run
+    run.finish("evaluated", 7.0)  # of this part of a resumed run
     assert f"script: 420 steps in 90.0 s, 5 steps per second; evaluated; {run.folder}\n" in capsys.readouterr().out
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(run.folder)).Reload()
     last = {tag: (events.Scalars(tag)[-1].step, events.Scalars(tag)[-1].value) for tag in events.Tags()["scalars"]}
     expected = {"losses/loss": 1.5, "charts/epsilon": 0.25, "charts/SPS": 2, "charts/episodic_return": 34.5}
-    assert last == {tag: (1420, value) for tag, value in (expected | {"charts/episodic_length": 69}).items()}
+    expected |= {"charts/episodic_length": 69, "eval/mean_return": 7}
+    assert last == {tag: (1420, value) for tag, value in expected.items()}
 
 
 @pytest.mark.parametrize("gil", [True, False])
@@ -269,10 +286,13 @@ def test_progress_is_a_plain_line_now_and_then(new_run, monkeypatch, capsys):
 
 def test_on_a_terminal_there_is_a_progress_bar(new_run, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    run = new_run()
+    run = new_run({"step": 100, "seconds": 5.0})
     run.bar.delay = 0  # otherwise it comes after a second
     run.log_episode(250, 0, {"r": 7.0, "l": 3})
-    run.progress(1000)
+    assert (run.bar.initial, run.bar.n) == (100, 100)
+    for step, shown in ((400, 400), (900, 900), (1020, 1000)):
+        run.progress(step)
+        assert run.bar.n == shown
     run.close(1000)
     out = capsys.readouterr().out
     assert "1000/1000" in out
