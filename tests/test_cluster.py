@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+import torch
 from conftest import ROOT, as_options, load, tables, wait_until
 
 pytest.importorskip("ray")
@@ -46,12 +47,12 @@ def gate(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_cluster(gate):
-    """A head without CPUs; the nodes come later."""
+    """A head without CPUs; the nodes come later. Ray's processes find the modules of tests and experiments."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GATE", str(gate))
         ray.cloudpickle.register_pickle_by_value(sweep)  # as if it were the program
         path = [str(ROOT / name) for name in ("tests", "experiments")]
-        patch.setenv("PYTHONPATH", os.pathsep.join(path))  # Ray's processes inherit it
+        patch.setenv("PYTHONPATH", os.pathsep.join(path))
         soon = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3}  # a lost node is noticed
         head = {"num_cpus": 0, "include_dashboard": False, "_system_config": soon} | SMALL
         cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -79,6 +80,7 @@ def connected(cluster, monkeypatch):
     """This process is connected to the cluster; what it runs there finds workers that have imported everything."""
     if not ray.is_initialized():
         tools.start_ray(cluster.address)
+    assert ray.get_runtime_context().gcs_address == cluster.address
     monkeypatch.setattr(tools, "start_ray", lambda address: None)
 
 
@@ -132,9 +134,9 @@ def run(tmp_path):
 
 
 def processes(title: str) -> list[psutil.Process]:
-    """The cluster's processes that do this."""
+    """Whatever has this on its command line."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if title in " ".join(process.cmdline()):
                 found.append(process)
@@ -147,12 +149,15 @@ def test_the_run_goes_on_without_a_worker_and_without_a_node(run, cluster):
     program = run("cluster_a3c.py", address=cluster.address, num_workers=2, **FOR_EVER)
     folder = program.files("metrics.csv", lines=2)[0].parent
     wait_until(lambda: set(tables(folder)[0]["worker"]) == {0, 1})
+    assert "was lost" not in program.output.read_text()
     processes("ray::work")[0].kill()
     program.wait_for("was lost and has been started again")
     cluster.remove_node(cluster.nodes.pop(), allow_graceful=False)
+    program.wait_for("now there is room for 1 workers")
     program.files("metrics.csv", lines=len(tables(folder)[1]) + 10)
     code, output = program.stop(signal.SIGINT)
     assert code == 130, output
+    assert not (folder / "evaluation.json").exists()
     step = load(folder)["step"]
     for table in tables(folder):
         assert (table["step"] <= step).all()
@@ -170,10 +175,10 @@ def test_the_run_goes_on_without_a_worker_and_without_a_node(run, cluster):
 def test_the_server_is_lost(cluster, tmp_path, capsys):
     def kill_server() -> None:
         wait_until(lambda: any(path.read_bytes().count(b"\n") >= 3 for path in tmp_path.rglob("metrics.csv")))
-        for process in processes("ray::Server"):
+        for process in wait_until(lambda: processes("ray::Server")):
             process.kill()
 
-    killer = threading.Thread(target=kill_server)
+    killer = threading.Thread(target=kill_server, daemon=True)
     killer.start()
     args = cluster_a3c.args_class("a3c")(**FOR_EVER, num_workers=1, address=cluster.address, log_dir=str(tmp_path))
     assert cluster_a3c.main(a3c, args) == 1
@@ -182,6 +187,8 @@ def test_the_server_is_lost(cluster, tmp_path, capsys):
     resume = f"--script a3c.py --resume {folder} --address {cluster.address}"
     assert f"a3c: the parameter server is lost: python experiments/cluster_a3c.py {resume}\n" in capsys.readouterr().err
     assert load(folder)["step"] > 0
+    assert load(folder)["args"]["address"] is None  # it may be another cluster that goes on
+    assert not (folder / "evaluation.json").exists()
 
 
 @on_a_cluster
@@ -203,15 +210,15 @@ def test_a_sweep_survives_the_loss_of_a_node_and_sigterm(run, cluster, gate, cap
     command = "sweep.py", "a3c.py", "--seeds", "1", "--address", cluster.address, "--env-ids", env_id, "--grid", *grid
     program = run(*command)
     program.files("checkpoint.pt")
-    for node in cluster.nodes:
-        cluster.remove_node(node, allow_graceful=False)
-    cluster.nodes = [cluster.add_node(num_cpus=1, **SMALL)]
+    while cluster.nodes:
+        cluster.remove_node(cluster.nodes.pop(), allow_graceful=False)
+    with_nodes(cluster, 1)
     starts = f"a3c: {env_id}"
     wait_until(lambda: program.files("output.txt")[0].read_text().count(starts) == 2)
     code, output = program.stop(signal.SIGTERM)
     assert code == 143
     assert "stopped; the same command goes on with what is left" in output
-    wait_until(lambda: not processes("a3c.py"))
+    wait_until(lambda: not processes(str(program.runs)))
     gate.touch()
     options = {"seeds": "1", "log_dir": program.runs, "grid": tuple(grid)}
     assert sweep.main(sweep.Args(("a3c.py",), env_ids=(env_id,), **options)) == 0
@@ -225,7 +232,7 @@ def test_a_sweep_survives_the_loss_of_a_node_and_sigterm(run, cluster, gate, cap
 @on_a_cluster
 @pytest.mark.usefixtures("connected")
 def test_a_sweep_reports_what_fails_and_skips_what_is_finished(tmp_path, capsys):
-    grid = "num_workers=1", "total_timesteps=100", "eval_episodes=1"
+    grid = "num_workers=2", "backend=thread", "total_timesteps=100", "eval_episodes=1"  # on a node with one CPU
     options = {"seeds": "3", "log_dir": tmp_path, "grid": grid}
 
     def run_on(*env_ids: str) -> tuple[int, str]:
@@ -236,11 +243,7 @@ def test_a_sweep_reports_what_fails_and_skips_what_is_finished(tmp_path, capsys)
     assert code == 1
     assert output.count("faulty:Failing-v0 seed 3: exit code 1: RuntimeError: the probe broke") == 1
     assert "2 runs, of which 1 have failed" in output
-    # As if it had been lost before its evaluation was written
     (evaluation,) = tmp_path.rglob("evaluation.json")
-    evaluation.unlink()
-    assert run_on("CartPole-v1")[0] == 0
-    assert len([*tmp_path.rglob("evaluation.json")]) == 1
     last_change = evaluation.stat().st_mtime
     code, output = run_on("CartPole-v1")
     assert code == 0
@@ -262,19 +265,38 @@ def test_a_worker_that_hangs_is_given_up(tmp_path, capsys, monkeypatch):
 
 
 @on_a_cluster
-def test_asynchronous_q_learning_goes_on_on_this_machine_alone(tmp_path):
+@pytest.mark.usefixtures("connected")
+def test_a_machine_that_is_too_small_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cluster_a3c.main(a3c, cluster_a3c.args_class("a3c")(cpus_per_worker=64.0, log_dir=str(tmp_path / "runs")))
+    assert "no machine of the cluster has --cpus-per-worker 64 CPUs" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@on_a_cluster
+def test_asynchronous_q_learning_goes_on_on_this_machine_alone(one_cluster, tmp_path):
     ray.shutdown()
     first = async_qlearning.Args(num_workers=1, total_timesteps=200, eval_episodes=0, log_dir=str(tmp_path))
     assert async_qlearning.main(first) == 0
     (folder,) = tmp_path.iterdir()
+    before = load(folder)
+    before["model"] = {name: tensor + 1 for name, tensor in before["model"].items()}  # far from where a run begins
+    before["theta_target"] += 3
+    torch.save(before | {"g": torch.full_like(before["g"], 7.0)}, folder / "checkpoint.pt")
     options = {"num_workers": 1, "lag": 1, "total_timesteps": 1000, "eval_episodes": 3, "resume": str(folder)}
     args = cluster_a3c.args_class("async_qlearning")(**options)
-    assert cluster_a3c.main(async_qlearning, args) == 0
-    ray.shutdown()
+    try:
+        assert cluster_a3c.main(async_qlearning, args) == 0
+        assert ray.get_runtime_context().gcs_address != one_cluster.address
+    finally:
+        ray.shutdown()
     assert tables(folder)[0]["step"].min() < 200  # the script's own
-    (evaluation,) = tmp_path.rglob("evaluation.json")
-    assert json.loads(evaluation.read_text())["episodes"] == 3
-    checkpoint = load(evaluation.parent)
-    assert checkpoint["script"] == "async_qlearning"
-    assert 1000 < checkpoint["step"] < 1000 + 3 * 40  # segments, under way and ahead
-    assert checkpoint["theta_target"].shape == checkpoint["g"].shape
+    assert len(tables(folder)[1]) == 2
+    assert json.loads((folder / "evaluation.json").read_text())["episodes"] == 3
+    after = load(folder)
+    assert after["script"] == "async_qlearning"
+    assert 1000 < after["step"] < 1000 + 3 * 40  # segments, under way and ahead
+    changes = [(after["model"][name] - tensor).abs() for name, tensor in before["model"].items()]
+    assert all(0 < change.max() and change.median() < 0.3 for change in changes)
+    assert after["g"].min() > 1
+    assert (after["theta_target"] - before["theta_target"]).abs().median() > 1  # it is theta again, of step 1000

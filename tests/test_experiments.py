@@ -1,5 +1,8 @@
 """What experiments keep of their runs."""
 
+import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -40,3 +43,38 @@ def test_a_run_that_fails_is_reported_and_not_kept(tmp_path, capsys):
     assert "bad, seed 1: FAILED: exit code 1: " in capsys.readouterr().out
     assert tools.succeeded(runs)["name"].tolist() == ["good"]
     assert pd.read_csv(tmp_path / "results" / "test" / "runs.csv")["name"].tolist() == ["good"]
+
+
+def test_each_run_has_its_seed_and_folder(tmp_path, monkeypatch):
+    commands = []
+
+    class Ended(subprocess.Popen):
+        def __init__(self, command, **options):
+            commands.append(command[1:])
+            super().__init__([sys.executable, "-c", ""], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", Ended)
+    options = tools.Options(seeds=(3, 5), results=tmp_path / "results", log_dir=tmp_path / "runs")
+    runs = tools.play({"x": tools.script("a3c.py", "--gamma=0.9")}, lambda folder: {}, options, "test")
+    assert runs["seed"].tolist() == [3, 5]
+    assert [command[:3] for command in commands] == [["a3c.py", "--gamma=0.9", f"--seed={seed}"] for seed in (3, 5)]
+    assert len({command[3] for command in commands}) == 2
+
+
+def test_what_is_read_of_a_run(tmp_path):
+    """Two workers, of which the second has ended its first episode at step 20."""
+    rows = [(10, 1.0, 0, 1.0), (20, 3.0, 1, 2.0), (30, 4.0, 0, 3.0), (40, 5.0, 1, 4.0), (60, 8.0, 0, 5.0)]
+    episodes = pd.DataFrame(rows, columns=["step", "time", "worker", "return"])
+    episodes.to_csv(tmp_path / "episodes.csv", index=False)
+    assert tools.read_speed(tmp_path) == {tools.SPEED: 40 / 5}
+    assert tools.read_speed(tmp_path, after=30) == {tools.SPEED: 30 / 4}
+    assert tools.read_time_to_target(tmp_path, 3.0, window=3) == {tools.SECONDS_TO_TARGET: 5, tools.STEPS_TO_TARGET: 40}
+    assert tools.read_time_to_target(tmp_path, 9.0, window=3)[tools.STEPS_TO_TARGET] == math.inf
+    assert tools.last_fifth(episodes, 60) == 5.0
+    assert tools.last_fifth(episodes, 49) == 4.5
+
+
+def test_ratios_are_of_runs_with_the_same_seed():
+    rows = [("a", 1, 6.0), ("a", 2, 8.0), ("b", 2, 2.0), ("b", 1, 3.0)]
+    table = tools.ratios(pd.DataFrame(rows, columns=["name", "seed", "speed"]), "speed", "a", ["b"])
+    assert table.loc["a / b", ["runs", "median", "min", "max"]].tolist() == [2, 3, 2, 4]

@@ -2,6 +2,8 @@
 
 import pickle
 import queue
+import runpy
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -173,3 +175,46 @@ def test_bad_input_of_a_cluster_run(capsys, tmp_path, arguments, message):
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_segments_are_counted_anew_when_a_worker_begins_again():
+    server = LocalServer(a3c, new_args(a3c))
+    for begun in (1, 2):
+        shared = cluster_a3c.RemoteShared(server, 0, lag=0)
+        assert shared.begun == begun
+        for _ in range(3 - begun):
+            send(shared)
+        server.exchange.remote(*server.exchange.calls[-1])  # once more, as after an answer that was lost
+    assert server.shared.T == 3 * (2 + 1)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_each_worker_is_told_which_it_is(monkeypatch):
+    seen = []
+    shared = SimpleNamespace(T=7, stop=SimpleNamespace(value=False), under_way=[])
+    monkeypatch.setattr(cluster_a3c, "RemoteShared", lambda *_: shared)
+    monkeypatch.setattr(async_qlearning, "worker", lambda *call: seen.append((call[0], call[-1].integers(2**60))))
+    for index in range(3):
+        cluster_a3c.work("async_qlearning", index, cluster_a3c.args_class("async_qlearning")(), None)
+    numbers, draws = zip(*seen, strict=True)
+    assert numbers == (0, 1, 2)
+    assert len(set(draws)) == 3
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_worker_that_exits_is_not_started_again(monkeypatch):
+    shared = SimpleNamespace(T=7, stop=SimpleNamespace(value=False), under_way=[])
+    monkeypatch.setattr(cluster_a3c, "RemoteShared", lambda *_: shared)
+    monkeypatch.setattr(a3c, "worker", lambda *_: sys.exit(0))
+    with pytest.raises(RuntimeError, match="worker 1 has exited with code 0"):
+        cluster_a3c.work("a3c", 1, cluster_a3c.args_class("a3c")(), None)
+
+
+def test_the_script_is_the_one_that_is_named(monkeypatch, capsys):
+    arguments = ["cluster_a3c.py", "--script", "async_qlearning.py", "--backend", "thread"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(cluster_a3c.__file__, run_name="__main__")
+    assert end.value.code == 2
+    assert "--backend is for async_qlearning.py" in capsys.readouterr().err

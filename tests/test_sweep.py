@@ -1,9 +1,19 @@
 """What a sweep runs, without a cluster."""
 
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pandas as pd
 import pytest
+import torch
 
 pytest.importorskip("ray")
+pytest.importorskip("scipy")
+import ray
 import sweep
+import tools
 
 import a3c
 import ddpg
@@ -22,7 +32,8 @@ import gae
         ({"grid": ("no_such=1",)}, "no-such"),
     ],
 )
-def test_bad_input_of_a_sweep(capsys, tmp_path, arguments, message):
+def test_bad_input_of_a_sweep(monkeypatch, capsys, tmp_path, arguments, message):
+    monkeypatch.delattr(tools, "start_ray")
     with pytest.raises(SystemExit) as end:
         sweep.main(sweep.Args(("a3c.py",), log_dir=tmp_path / "sweep", **arguments))
     assert end.value.code == 2
@@ -64,3 +75,58 @@ def test_long_commands_have_folders_of_their_own():
     names = {sweep.folder_name(long + end) for end in ("1", "2")}
     assert len(names) == 2
     assert max(map(len, names)) < 255
+
+
+def test_the_table_of_a_sweep(monkeypatch, tmp_path, capsys):
+    """Of runs that are finished: nothing is started."""
+    monkeypatch.setattr(tools, "start_ray", lambda address: None)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}])
+    args = sweep.Args(("a3c.py",), seeds="1-2", grid=("gamma=0.5,0.9", "ent_coef=0"), log_dir=tmp_path)
+    for number, run in enumerate(sweep.all_runs(args).to_dict("records")):
+        folder = tmp_path / sweep.folder_name(" ".join([run["script"], *sweep.to_flags(run)])) / "run"
+        folder.mkdir(parents=True)
+        (folder / "evaluation.json").write_text(json.dumps({"mean_return": 100.0 * number}))
+        (folder / "metrics.csv").write_text("step,time\n50,1\n100,4\n")
+    assert sweep.main(args) == 0
+    rows = pd.read_csv(tmp_path / "sweep.csv")
+    known = [(0.5, 1, 0), (0.5, 2, 100), (0.9, 1, 200), (0.9, 2, 300)]
+    assert [*rows[["gamma", "seed", tools.RETURN]].itertuples(index=False, name=None)] == known
+    assert set(rows[tools.SPEED]) == {25}
+    lines = [line.strip(" |").split(" | ") for line in capsys.readouterr().out.splitlines() if "gamma" in line]
+    table = {setting: (runs, mean, worst) for setting, runs, mean, *_, worst in lines}
+    assert table == {
+        "a3c.py CartPole-v1 gamma=0.5": ("2", "50", "0"),
+        "a3c.py CartPole-v1 gamma=0.9": ("2", "250", "200"),
+    }
+
+
+@pytest.fixture
+def lost_run(tmp_path) -> Path:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.json").touch()
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(("step", "flag"), [(100, "--evaluate"), (99, "--resume")])
+def test_a_run_that_was_lost_goes_on_where_it_was(monkeypatch, lost_run, step, flag):
+    torch.save({"step": step, "args": {"total_timesteps": 100}}, lost_run / "checkpoint.pt")
+    commands = []
+    monkeypatch.setattr(subprocess, "call", lambda command, **_: commands.append(command) or 0)
+    assert sweep.play("gae.py", ["--seed=1"], lost_run.parent) == ""
+    ((_, *command),) = commands
+    assert command == ["gae.py", "--seed=1", f"{flag}={lost_run}", f"--log-dir={lost_run.parent}"]
+
+
+def test_a_run_that_a_signal_ends_is_started_again(monkeypatch, tmp_path):
+    """By Ray, for which the process of its task is lost."""
+
+    class Ended(BaseException):
+        pass
+
+    def end(code: int):
+        raise Ended
+
+    monkeypatch.setattr(subprocess, "call", lambda command, **_: 143)
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(Ended):
+        sweep.play("gae.py", [], tmp_path)
