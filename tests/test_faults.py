@@ -241,7 +241,7 @@ def test_a_signal_to_the_whole_process_group_saves(start, script, number, code):
     assert not psutil.wait_procs(children, timeout=20)[1]
 
 
-@each_script()
+@each_script(a3c, gae)  # a run with workers, and one without
 def test_a_second_signal_ends_a_run_that_hangs(start, script):
     child = start(script, "--env-id", "faulty:Hangs-v0")
     folder = child.wait_for("checkpoint.pt")
