@@ -106,7 +106,12 @@ OU |= {"reward_scale": 0.5}  # the memory and the tables have rewards as they ar
 
 @pytest.mark.parametrize(
     ("env_id", "options"),
-    [("ReusesItsArray", {}), ("BoundedScript", OU), ("BoundedScript", {"final_noise_std": 0.0}), ("Script", {})],
+    [
+        ("ReusesItsArray", {}),
+        ("BoundedScript", OU),
+        ("BoundedScript", {"noise_std": 2.0, "final_noise_std": 0.0}),
+        ("Script", {}),
+    ],
 )
 def test_the_loop(monkeypatch, train, env_id, options):
     play = Play(monkeypatch, train, env_id, **{"noise_std": 1.2} | options)
