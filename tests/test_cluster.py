@@ -133,10 +133,10 @@ def run(tmp_path):
         program.process.wait()
 
 
-def processes(title: str) -> list[psutil.Process]:
-    """Whatever has this on its command line."""
+def processes(title: str, everywhere: bool = False) -> list[psutil.Process]:
+    """The cluster's processes that have this on their command line, or all of the machine's."""
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.process_iter() if everywhere else psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if title in " ".join(process.cmdline()):
                 found.append(process)
@@ -218,7 +218,7 @@ def test_a_sweep_survives_the_loss_of_a_node_and_sigterm(run, cluster, gate, cap
     code, output = program.stop(signal.SIGTERM)
     assert code == 143
     assert "stopped; the same command goes on with what is left" in output
-    wait_until(lambda: not processes(str(program.runs)))
+    wait_until(lambda: not processes(str(program.runs), everywhere=True))
     gate.touch()
     options = {"seeds": "1", "log_dir": program.runs, "grid": tuple(grid)}
     assert sweep.main(sweep.Args(("a3c.py",), env_ids=(env_id,), **options)) == 0
