@@ -39,7 +39,8 @@ MIN_VARIANCE = 0.01  # of a Gaussian policy: as the variance shrinks, its gradie
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"
-    """any id that gymnasium.make takes; with images, too: MinAtar/Breakout-v1, ale_py:PongNoFrameskip-v4"""
+    """any id that gymnasium.make takes, with Discrete or Box actions; with images, too: MinAtar/Breakout-v1,
+    ale_py:PongNoFrameskip-v4"""
     seed: NonNegativeInt = 1
     """seed of everything random; with one worker, the same seed gives the same run"""
     total_timesteps: PositiveInt = 200_000
@@ -134,7 +135,7 @@ def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42)
             raise ValueError(f"its images have a side of less than 3: {space}")
     elif not isinstance(space, spaces.Box) or len(space.shape) != 1:
         if not space.is_np_flattenable or space.dtype == np.uint8:
-            raise ValueError(f"its observations do not flatten to a vector: {space}")
+            raise ValueError(f"its observations become no vector of numbers and are no images: {space}")
         env = wrappers.FlattenObservation(env)
     space = env.action_space
     if isinstance(space, spaces.Discrete):
@@ -202,7 +203,7 @@ def numpy_convolutions(layers: nn.Sequential, shape: tuple[int, ...]) -> Iterato
     """
     pixels = np.arange(math.prod(shape)).reshape(shape)
     for layer in [each for each in layers if isinstance(each, nn.Conv2d)]:
-        pixels = np.pad(pixels, ((0, 0), layer.padding, layer.padding), constant_values=-1)
+        pixels = np.pad(pixels, [(0, 0), *((each, each) for each in layer.padding)], constant_values=-1)
         patches = sliding_window_view(pixels, layer.kernel_size, axis=(1, 2))[:, :: layer.stride[0], :: layer.stride[1]]
         shape = (*patches.shape[1:3], layer.out_channels)
         patches = patches.transpose(1, 2, 0, 3, 4).reshape(shape[0] * shape[1], -1)
@@ -230,13 +231,13 @@ class ActorCritic(nn.Module):
             self.actor, self.critic = orthogonal(nn.Linear(units, outputs), 0.01), orthogonal(nn.Linear(units, 1), 1.0)
             layers, self.activation = [self.body[-2], self.actor], NUMPY_ACTIVATIONS[type(self.body[-1])]
         else:
-            self.body, size = nn.Sequential(), observation_shape[0]
-            self.actor, self.critic = mlp(size, outputs, gain=0.01), mlp(size, 1, gain=1.0)
+            self.body = nn.Sequential()
+            self.actor, self.critic = mlp(observation_shape[0], outputs, 0.01), mlp(observation_shape[0], 1, 1.0)
             layers, self.activation = self.actor[::2], np.tanh
         self.theta = parameters_to_vector(self.parameters()).detach().share_memory_()
         vector_to_parameters(self.theta, self.parameters())
-        # The actor again, as numpy views of the same memory: for one observation it is faster than torch, for a small
-        # one many times.
+        # The actor again, as numpy views of the same memory: for one observation it is faster than torch, many
+        # times so for a small one.
         self.layers = [(layer.weight.detach().T.numpy(), layer.bias.detach().numpy()) for layer in layers]
         self.convolutions = [*numpy_convolutions(self.body, observation_shape)]
 
@@ -259,7 +260,7 @@ class ActorCritic(nn.Module):
         x = self.outputs(observation)
         if self.discrete:  # argmax of the logits plus Gumbel noise (minus the log of an exponential variable): a draw
             return int((x if rng is None else x - np.log(rng.standard_exponential(len(x)))).argmax())
-        mean, raw_variance = x[: len(x) // 2], x[len(x) // 2 :]
+        mean, raw_variance = x[: len(x) // 2], x[len(x) // 2 :]  # logaddexp(0, x) is softplus
         if rng is None:
             return mean
         return mean + np.sqrt(np.logaddexp(0, raw_variance) + MIN_VARIANCE) * rng.standard_normal(len(mean), np.float32)
@@ -276,8 +277,8 @@ class ActorCritic(nn.Module):
             return log_prob, -(log_probs.exp() * log_probs).sum(-1)
         mean, raw_variance = outputs.chunk(2, dim=-1)
         variance = F.softplus(raw_variance) + MIN_VARIANCE
-        log_scale = 0.5 * torch.log(2 * math.pi * variance)
-        return -(0.5 * (actions - mean).square() / variance + log_scale).sum(-1), (0.5 + log_scale).sum(-1)
+        log_normalizer = 0.5 * torch.log(2 * math.pi * variance)
+        return -(0.5 * (actions - mean).square() / variance + log_normalizer).sum(-1), (0.5 + log_normalizer).sum(-1)
 
 
 def n_step_returns(rewards: list[float], bootstrap: float, gamma: float) -> torch.Tensor:
@@ -351,8 +352,8 @@ METRICS |= {"learning_rate": "charts"}
 class Shared:
     """All that workers share, and their only way to it: memory that threads and processes see alike, without locks.
 
-    Each worker writes where no other does, so no count is lost. On processors that reorder writes, a row of metrics may
-    include an update a moment before T includes its steps.
+    Counts and sums have a row for each worker, so that none is lost; theta and g are written by all. On processors that
+    reorder writes, a row of metrics may include an update a moment before T includes its steps.
 
     Args:
         theta: the global parameters, in shared memory.
@@ -367,9 +368,9 @@ class Shared:
         # A row for each worker: the sum of each metric and, last, the number of updates
         self.sums = torch.zeros(args.num_workers, len(METRICS) + 1, dtype=torch.float64).share_memory_()
         self.done = multiprocessing.RawArray("b", args.num_workers)
-        self.known_sums = np.zeros(1 + len(METRICS))
         self.stop = multiprocessing.RawValue("b")
         self.episodes = [new_queue() for _ in range(args.num_workers)]
+        self.known_sums = np.zeros(1 + len(METRICS))  # by the main process, with the last call of `means`
 
     @property
     def T(self) -> int:
@@ -392,7 +393,7 @@ class Shared:
 
     def log(self, worker: int, metrics: dict[str, float]) -> None:
         """Add the metrics of one update."""
-        # all at once, so that `means` finds no half of it
+        # in one piece, so that `means` hardly ever finds a half; the rest would count in the next row
         self.sums.numpy()[worker] += [*(metrics[name] for name in METRICS), 1.0]
 
     def reported(self) -> Iterator[tuple]:
@@ -409,13 +410,14 @@ class Shared:
         return {name: total / updates for name, total in zip(METRICS, totals, strict=True) if updates}
 
 
-def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> None:
-    """One worker of algorithm S3, a thread or a process.
+def worker(index: int, args: Args, shared: Shared, first_step: int) -> None:
+    """One worker of algorithm S3, a thread or a process. Its random numbers are those of `first_step`, T at the start.
 
     Raises:
         FloatingPointError: a gradient is not finite; theta is left as it was.
     """
     follow_parent()
+    rng = seed_everything(args.seed, first_step, index)
     torch.set_num_threads(1)
     threadpool_limits(1)  # numpy's threads: those of several workers would fight for the cores
     torch.set_flush_denormal(True)  # numbers below 1e-38, which g falls to where gradients are 0, take long to compute
@@ -448,7 +450,7 @@ def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> 
         norm = d_theta.norm().item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient is {norm} at step {T + n:,}: check --learning-rate and rewards")
-        d_theta *= args.max_grad_norm / max(norm, args.max_grad_norm)
+        d_theta *= args.max_grad_norm / max(norm, args.max_grad_norm)  # by 1 if the norm is no larger
         learning_rate = args.learning_rate * (1 - T / args.total_timesteps if args.anneal_lr else 1.0)
         shared.update(d_theta, learning_rate)  # asynchronous update of theta using d theta, of theta_v using d theta_v
         shared.log(index, metrics | {"grad_norm": norm, "learning_rate": learning_rate})
@@ -467,12 +469,12 @@ def main(args: Args) -> int:
         eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None, args.screen_size)
     if args.capture_video:
         check_film(eval_env)
-    threadpool_limits(1)
+    threadpool_limits(1)  # as in the workers
     seed_everything(args.seed, 0)
     model = ActorCritic(eval_env.observation_space.shape, eval_env.action_space)
     auto = "process" if has_gil() and args.num_workers > 1 else "thread"
     backend = auto if args.backend == "auto" else args.backend
-    context = torch.multiprocessing.get_context(START_METHOD)
+    context = multiprocessing.get_context(START_METHOD)
     games = [name for name in ("ale_py", "cv2", "minatar.gym") if name in sys.modules]
     context.set_forkserver_preload(["torch", "gymnasium", "tyro", "tqdm", *games])
     shared = Shared(model.theta, args, context.SimpleQueue)
@@ -480,7 +482,7 @@ def main(args: Args) -> int:
         with failing(f"the checkpoint does not fit {args.env_id} (as installed here; --screen-size?)"):
             model.load_state_dict(checkpoint["model"])
             shared.g.copy_(checkpoint["g"])
-            shared.steps[0] = checkpoint["step"]
+            shared.steps[0] = checkpoint["step"]  # T is the sum of all
     if args.evaluate is not None:
         print(f"{SCRIPT}: {evaluate(model.act, eval_env, args, Path(args.evaluate))[0]}; {args.evaluate}")
         return 0
@@ -493,8 +495,7 @@ def main(args: Args) -> int:
     print(f"{SCRIPT}: {args.env_id}, {args.num_workers} {backend} workers (GIL: {has_gil()}), {run.folder}", flush=True)
     # Thread and Process share constructor, start, is_alive and join, so one list serves both.
     new_worker = context.Process if backend == "process" else threading.Thread
-    rngs = [seed_everything(args.seed, run.first_step, index) for index in range(args.num_workers)]
-    workers = [new_worker(target=worker, args=(i, args, shared, rngs[i]), daemon=True) for i in range(args.num_workers)]
+    workers = [new_worker(target=worker, args=(i, args, shared, T), daemon=True) for i in range(args.num_workers)]
 
     def write(with_checkpoint: bool) -> None:
         # In this order: T counts the steps of all updates in the means, and all episodes up to T have been reported.
@@ -507,16 +508,16 @@ def main(args: Args) -> int:
         if with_checkpoint:
             run.save(T, model=model.state_dict(), g=shared.g)
 
-    next_log = T // args.log_interval + 1
+    next_log = (T // args.log_interval + 1) * args.log_interval
     alive = [True]
-    with run:  # an error inside is printed, and the run goes on behind the block, where it is saved
+    with run:  # an error inside is printed, and the run goes on after the block, where it is saved
         with signals_blocked():  # workers inherit that: Ctrl-C and SIGTERM reach the main process alone
             for each in workers:
                 each.start()
         while any(alive):
             alive = [each.is_alive() for each in workers]  # first: a worker that ends later is seen next time
             time.sleep(0.05)  # rather than wake up for every single episode
-            if shared.T == run.first_step:
+            if shared.T == run.first_step:  # the clock starts with the first step
                 run.start()
             # A worker that has ended without being done has raised (see the terminal), has exited or was killed.
             failed = [index for index, is_alive in enumerate(alive) if not is_alive and not shared.done[index]]
@@ -529,8 +530,8 @@ def main(args: Args) -> int:
             elif time.monotonic() - last_progress > PATIENCE_SECONDS:
                 run.fail("a worker makes no progress and does not end")
                 alive = []
-            write(with_checkpoint=next_log * args.log_interval <= T <= args.total_timesteps)
-            next_log = T // args.log_interval + 1
+            write(with_checkpoint=next_log <= T <= args.total_timesteps)
+            next_log = (T // args.log_interval + 1) * args.log_interval
             run.progress(T)
     shared.stop.value = True
     for each in set(workers) & set(multiprocessing.active_children()):  # processes that still live

@@ -38,7 +38,8 @@ PATIENCE_SECONDS = 60.0  # how long a worker may be without progress once the ru
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"
-    """any id that gymnasium.make takes; with images, too: MinAtar/Breakout-v1, ale_py:PongNoFrameskip-v4"""
+    """any id that gymnasium.make takes, with Discrete actions; with images, too: MinAtar/Breakout-v1,
+    ale_py:PongNoFrameskip-v4"""
     seed: NonNegativeInt = 1
     """seed of everything random; with one worker, the same seed gives the same run"""
     total_timesteps: PositiveInt = 500_000
@@ -50,9 +51,9 @@ class Args:
     target: Literal["q", "sarsa"] = "q"
     """what the target takes of the next state: its largest value (Q-learning), or that of the next action (SARSA)"""
     n_step: PositiveInt = 1
-    """rewards in a target, fewer at the end of a segment; with --train-frequency or more, all of the segment's"""
+    """rewards in a target, fewer at the end of a segment; from --train-frequency on, all that are left of it"""
     train_frequency: PositiveInt = 32
-    """I_AsyncUpdate: steps of a worker between two updates, fewer at the end of an episode"""
+    """I_AsyncUpdate: steps of a worker between two updates, fewer before and after the end of an episode"""
     target_network_frequency: PositiveInt = 500
     """I_target: steps of all workers together between two updates of the target network"""
     final_epsilons: tuple[Fraction, ...] = (0.1, 0.01, 0.5)
@@ -138,7 +139,7 @@ def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42)
             raise ValueError(f"its images have a side of less than 3: {space}")
     elif not isinstance(space, spaces.Box) or len(space.shape) != 1:
         if not space.is_np_flattenable or space.dtype == np.uint8:
-            raise ValueError(f"its observations do not flatten to a vector: {space}")
+            raise ValueError(f"its observations become no vector of numbers and are no images: {space}")
         env = wrappers.FlattenObservation(env)
     space = env.action_space
     if not isinstance(space, spaces.Discrete):
@@ -189,7 +190,7 @@ def numpy_convolutions(layers: nn.Sequential, shape: tuple[int, ...]) -> Iterato
     """
     pixels = np.arange(math.prod(shape)).reshape(shape)
     for layer in [each for each in layers if isinstance(each, nn.Conv2d)]:
-        pixels = np.pad(pixels, ((0, 0), layer.padding, layer.padding), constant_values=-1)
+        pixels = np.pad(pixels, [(0, 0), *((each, each) for each in layer.padding)], constant_values=-1)
         patches = sliding_window_view(pixels, layer.kernel_size, axis=(1, 2))[:, :: layer.stride[0], :: layer.stride[1]]
         shape = (*patches.shape[1:3], layer.out_channels)
         patches = patches.transpose(1, 2, 0, 3, 4).reshape(shape[0] * shape[1], -1)
@@ -203,33 +204,33 @@ class QNetwork(nn.Module):
     The attribute `theta` is one vector. Every parameter is a view of it: writing to it changes the network.
 
     Args:
-        shape: of an observation, a vector or an image.
+        observation_shape: of a vector or an image.
         num_actions: number of actions.
         theta: the vector that the parameters become views of; without it, a new one, which processes can share.
     """
 
-    def __init__(self, shape: tuple[int, ...], num_actions: int, theta: torch.Tensor | None = None):
+    def __init__(self, observation_shape: tuple[int, ...], num_actions: int, theta: torch.Tensor | None = None):
         super().__init__()
-        if len(shape) == 3:
-            body = image_layers(shape)
+        if len(observation_shape) == 3:
+            body = image_layers(observation_shape)
             self.q = nn.Sequential(*body, orthogonal(nn.Linear(body[-2].out_features, num_actions), 1.0))
             layers, self.activation = [body[-2], self.q[-1]], NUMPY_ACTIVATIONS[type(body[-1])]
         else:
-            first, second, last = nn.Linear(shape[0], 64), nn.Linear(64, 64), nn.Linear(64, num_actions)
+            first, second, last = nn.Linear(observation_shape[0], 64), nn.Linear(64, 64), nn.Linear(64, num_actions)
             self.q = nn.Sequential(orthogonal(first), nn.Tanh(), orthogonal(second), nn.Tanh(), orthogonal(last, 1.0))
             layers, self.activation = [first, second, last], np.tanh
         # self.q is Q(s, .; theta), shape (n, actions), of n observations
         self.theta = parameters_to_vector(self.parameters()).detach().share_memory_() if theta is None else theta
         vector_to_parameters(self.theta, self.parameters())
-        # The same as numpy views of the same memory: for one observation they are faster than torch, for a small one
-        # many times.
+        # The same as numpy views of the same memory: for one observation they are faster than torch, many times so
+        # for a small one.
         self.layers = [(layer.weight.detach().T.numpy(), layer.bias.detach().numpy()) for layer in layers]
-        self.convolutions = [*numpy_convolutions(self.q, shape)]
+        self.convolutions = [*numpy_convolutions(self.q, observation_shape)]
 
     def act(self, observation: np.ndarray, epsilon: float = 0.0, rng: np.random.Generator | None = None) -> int:
         """The index of an epsilon-greedy action for one observation, a vector or an image."""
         if epsilon and rng.random() < epsilon:
-            return int(rng.random() * self.q[-1].out_features)
+            return int(rng.random() * self.q[-1].out_features)  # faster than rng.integers
         x = observation / np.float32(255) if observation.dtype == np.uint8 else observation
         for patches, weight, bias in self.convolutions:  # the 0 at the end is pixel -1, beyond the border
             x = self.activation(np.append(x, np.float32(0)).take(patches, mode="wrap") @ weight + bias)
@@ -304,7 +305,7 @@ def final_epsilons(args: Args) -> np.ndarray:
     """What each worker's epsilon ends at, in ascending order, shape (num_workers,) (Mnih et al. 2016, section 5.1).
 
     The paper draws each one from a distribution. Here worker i gets its quantile (i + 1/2) / num_workers: the share of
-    workers with each epsilon is right to within one worker.
+    workers with each epsilon is right to within one worker. `fail`s if the arguments are no distribution.
     """
     if len(args.final_epsilons) != len(args.final_epsilon_probs) or abs(sum(args.final_epsilon_probs) - 1) > 1e-6:
         fail(f"--final-epsilon-probs must be {len(args.final_epsilons)} numbers that sum to 1")
@@ -328,8 +329,8 @@ METRICS |= dict.fromkeys(("learning_rate", "epsilon"), "charts")
 class Shared:
     """All that workers share, and their only way to it: memory that threads and processes see alike, without locks.
 
-    Each worker writes where no other does, so no count is lost. On processors that reorder writes, a row of metrics may
-    include an update a moment before T includes its steps.
+    Counts and sums have a row for each worker, so that none is lost; theta and g are written by all. On processors that
+    reorder writes, a row of metrics may include an update a moment before T includes its steps.
 
     Args:
         theta: the global parameters, in shared memory.
@@ -346,9 +347,9 @@ class Shared:
         # A row for each worker: the sum of each metric and, last, the number of updates
         self.sums = torch.zeros(args.num_workers, len(METRICS) + 1, dtype=torch.float64).share_memory_()
         self.done = multiprocessing.RawArray("b", args.num_workers)
-        self.known_sums = np.zeros(1 + len(METRICS))
         self.stop = multiprocessing.RawValue("b")
         self.episodes = [new_queue() for _ in range(args.num_workers)]
+        self.known_sums = np.zeros(1 + len(METRICS))  # by the main process, with the last call of `means`
 
     @property
     def T(self) -> int:
@@ -365,10 +366,11 @@ class Shared:
             self.episodes[worker].put((self.T + 1, worker, episode, time.monotonic()))
         self.steps[worker] += 1
 
-    def update_target(self, T: int) -> None:
+    def update_target(self) -> None:
         """theta- <- theta if T has passed another multiple of I_target. Two workers may do it at the same time."""
-        if T // self.args.target_network_frequency > self.target_updates.value:
-            self.target_updates.value = T // self.args.target_network_frequency
+        updates = self.T // self.args.target_network_frequency
+        if updates > self.target_updates.value:
+            self.target_updates.value = updates
             self.theta_target.copy_(self.theta)
 
     def update(self, d_theta: torch.Tensor, learning_rate: float) -> None:
@@ -377,7 +379,7 @@ class Shared:
 
     def log(self, worker: int, metrics: dict[str, float]) -> None:
         """Add the metrics of one update."""
-        # all at once, so that `means` finds no half of it
+        # in one piece, so that `means` hardly ever finds a half; the rest would count in the next row
         self.sums.numpy()[worker] += [*(metrics[name] for name in METRICS), 1.0]
 
     def reported(self) -> Iterator[tuple]:
@@ -394,8 +396,8 @@ class Shared:
         return {name: total / updates for name, total in zip(METRICS, totals, strict=True) if updates}
 
 
-def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> None:
-    """One worker of algorithm 1, a thread or a process.
+def worker(index: int, args: Args, shared: Shared, first_step: int) -> None:
+    """One worker of algorithm 1, a thread or a process. Its random numbers are those of `first_step`, T at the start.
 
     It acts and learns on the shared theta itself. At an update it computes the targets y and the gradients of all steps
     since the last one at once, with theta- and theta as they are then; the lecture does so at each step. (The paper's
@@ -405,6 +407,7 @@ def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> 
         FloatingPointError: a gradient is not finite; theta is left as it was.
     """
     follow_parent()
+    rng = seed_everything(args.seed, first_step, index)
     torch.set_num_threads(1)
     threadpool_limits(1)  # numpy's threads: those of several workers would fight for the cores
     torch.set_flush_denormal(True)  # numbers below 1e-38, which g falls to where gradients are 0, take long to compute
@@ -418,8 +421,8 @@ def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> 
     observations[0], _ = env.reset(seed=int(rng.integers(2**31)))
     actions, rewards, t = [], [], 0
 
-    # until T > T_max; when a run is stopped before, the steps since the last update are learned first
-    while (T := shared.T) <= args.total_timesteps and (rewards or not shared.stop.value):
+    stopped = False  # before the next update; then the steps since the last one are learned at once
+    while (T := shared.T) <= args.total_timesteps and not stopped:  # until T > T_max
         n = len(rewards)  # steps since the last update; s is observations[n]
         # Take action a with epsilon-greedy policy based on Q(s, a; theta)
         epsilon = annealed_epsilon(T, final_epsilon, args)
@@ -431,9 +434,10 @@ def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> 
         n += 1  # s = s', observations[n]
         shared.count_step(index, info.get("episode"))  # T <- T + 1
         t += 1  # t <- t + 1
-        shared.update_target(shared.T)  # if T mod I_target == 0: theta- <- theta
+        shared.update_target()  # if T mod I_target == 0: theta- <- theta
+        stopped = bool(shared.stop.value)
         # if t mod I_AsyncUpdate == 0 or s is terminal
-        if t % args.train_frequency == 0 or terminated or truncated or shared.stop.value:
+        if t % args.train_frequency == 0 or terminated or truncated or stopped:
             if args.target == "sarsa":  # a', which it takes next if the episode goes on
                 actions.append(model.act(observations[n], epsilon, rng))
             batch = torch.from_numpy(observations[: n + 1]), torch.tensor(actions), torch.tensor(rewards)
@@ -442,7 +446,7 @@ def worker(index: int, args: Args, shared: Shared, rng: np.random.Generator) -> 
             norm = d_theta.norm().item()
             if not math.isfinite(norm):
                 raise FloatingPointError(f"the gradient is {norm} at step {T + 1:,}: check --learning-rate and rewards")
-            d_theta *= args.max_grad_norm / max(norm, args.max_grad_norm)
+            d_theta *= args.max_grad_norm / max(norm, args.max_grad_norm)  # by 1 if the norm is no larger
             learning_rate = args.learning_rate * (1 - T / args.total_timesteps if args.anneal_lr else 1.0)
             shared.update(d_theta, learning_rate)  # asynchronous update of theta using d theta
             shared.log(index, metrics | {"grad_norm": norm, "learning_rate": learning_rate, "epsilon": epsilon})
@@ -463,12 +467,12 @@ def main(args: Args) -> int:
         eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None, args.screen_size)
     if args.capture_video:
         check_film(eval_env)
-    threadpool_limits(1)
+    threadpool_limits(1)  # as in the workers
     seed_everything(args.seed, 0)
     model = QNetwork(eval_env.observation_space.shape, int(eval_env.action_space.n))
     auto = "process" if has_gil() and args.num_workers > 1 else "thread"
     backend = auto if args.backend == "auto" else args.backend
-    context = torch.multiprocessing.get_context(START_METHOD)
+    context = multiprocessing.get_context(START_METHOD)
     games = [name for name in ("ale_py", "cv2", "minatar.gym") if name in sys.modules]
     context.set_forkserver_preload(["torch", "gymnasium", "tyro", "tqdm", *games])
     shared = Shared(model.theta, args, context.SimpleQueue)
@@ -477,7 +481,7 @@ def main(args: Args) -> int:
             model.load_state_dict(checkpoint["model"])
             shared.g.copy_(checkpoint["g"])
             shared.theta_target.copy_(checkpoint["theta_target"])
-            shared.steps[0] = checkpoint["step"]
+            shared.steps[0] = checkpoint["step"]  # T is the sum of all
             shared.target_updates.value = checkpoint["step"] // args.target_network_frequency
     if args.evaluate is not None:
         print(f"{SCRIPT}: {evaluate(model.act, eval_env, args, Path(args.evaluate))[0]}; {args.evaluate}")
@@ -491,8 +495,7 @@ def main(args: Args) -> int:
     print(f"{SCRIPT}: {args.env_id}, {args.num_workers} {backend} workers (GIL: {has_gil()}), {run.folder}", flush=True)
     # Thread and Process share constructor, start, is_alive and join, so one list serves both.
     new_worker = context.Process if backend == "process" else threading.Thread
-    rngs = [seed_everything(args.seed, run.first_step, index) for index in range(args.num_workers)]
-    workers = [new_worker(target=worker, args=(i, args, shared, rngs[i]), daemon=True) for i in range(args.num_workers)]
+    workers = [new_worker(target=worker, args=(i, args, shared, T), daemon=True) for i in range(args.num_workers)]
 
     def write(with_checkpoint: bool) -> None:
         # In this order: T counts the steps of all updates in the means, and all episodes up to T have been reported.
@@ -505,16 +508,16 @@ def main(args: Args) -> int:
         if with_checkpoint:
             run.save(T, model=model.state_dict(), g=shared.g, theta_target=shared.theta_target)
 
-    next_log = T // args.log_interval + 1
+    next_log = (T // args.log_interval + 1) * args.log_interval
     alive = [True]
-    with run:  # an error inside is printed, and the run goes on behind the block, where it is saved
+    with run:  # an error inside is printed, and the run goes on after the block, where it is saved
         with signals_blocked():  # workers inherit that: Ctrl-C and SIGTERM reach the main process alone
             for each in workers:
                 each.start()
         while any(alive):
             alive = [each.is_alive() for each in workers]  # first: a worker that ends later is seen next time
             time.sleep(0.05)  # rather than wake up for every single episode
-            if shared.T == run.first_step:
+            if shared.T == run.first_step:  # the clock starts with the first step
                 run.start()
             # A worker that has ended without being done has raised (see the terminal), has exited or was killed.
             failed = [index for index, is_alive in enumerate(alive) if not is_alive and not shared.done[index]]
@@ -527,8 +530,8 @@ def main(args: Args) -> int:
             elif time.monotonic() - last_progress > PATIENCE_SECONDS:
                 run.fail("a worker makes no progress and does not end")
                 alive = []
-            write(with_checkpoint=next_log * args.log_interval <= T <= args.total_timesteps)
-            next_log = T // args.log_interval + 1
+            write(with_checkpoint=next_log <= T <= args.total_timesteps)
+            next_log = (T // args.log_interval + 1) * args.log_interval
             run.progress(T)
     shared.stop.value = True
     for each in set(workers) & set(multiprocessing.active_children()):  # processes that still live

@@ -28,7 +28,7 @@ from common.ranges import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFl
 from common.run import Run, seed_everything
 
 SCRIPT = Path(__file__).stem
-HIDDEN = 256  # units of each of the two hidden layers; with images 200, as in the paper
+HIDDEN = 256  # units of each of the two hidden layers (the paper has 400 and 300); with images 200, as in the paper
 METRICS_EVERY = 50  # a row of metrics.csv is a mean over every 50th update
 
 
@@ -44,7 +44,7 @@ class Args:
     """steps with uniformly random actions before the first update"""
     buffer_size: PositiveInt = 1_000_000
     """transitions that the replay memory R holds, no more than --total-timesteps; then the oldest are overwritten. With
-    --pixels it holds one image more than that, and an episode of n transitions takes n + 1"""
+    --pixels it counts images, of which an episode of n transitions has n + 1"""
     batch_size: PositiveInt = 64
     """N: transitions in a minibatch; each step learns from one minibatch"""
     learning_rate: PositiveFloat = 1e-3
@@ -118,7 +118,7 @@ def make_env(env_id: str, render_mode: str | None = None, pixels: bool = False) 
     space = env.observation_space
     if not pixels and (not isinstance(space, spaces.Box) or len(space.shape) != 1):
         if not space.is_np_flattenable or space.dtype == np.uint8:
-            raise ValueError(f"its observations do not flatten to a vector: {space}")
+            raise ValueError(f"its observations become no vector of numbers (images: --pixels): {space}")
         env = wrappers.FlattenObservation(env)
     space = env.action_space
     if isinstance(space, spaces.Discrete) and not pixels:
@@ -128,7 +128,8 @@ def make_env(env_id: str, render_mode: str | None = None, pixels: bool = False) 
         discrete = "" if pixels else "Discrete actions or "
         raise ValueError(f"ddpg.py needs {discrete}a Box of real numbers with bounds, not {space}")
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    center, scale = low / 2 + high / 2, high / 2 - low / 2
+    scale = high / 2 - low / 2
+    center = low + scale
 
     def to_bounds(action: np.ndarray) -> np.ndarray:
         action = center + scale * action.reshape(space.shape)
@@ -317,8 +318,8 @@ class ReplayBuffer:
         rows = np.load(path, mmap_mode="r")
         if rows.dtype != self.rows.dtype:
             raise ValueError(f"{path} has rows of {rows.dtype}, not of {self.rows.dtype}")
-        kept = np.arange(max(0, count - min(len(rows), self.capacity)), count)
-        self.rows[kept % self.capacity] = rows[kept % len(rows)]
+        kept = np.arange(max(0, count - self.capacity), count)
+        self.rows[kept % self.capacity] = rows[kept % len(rows)]  # a lost transition's place has a later one's copy
         self.count = count
 
 
@@ -395,28 +396,31 @@ def td_target(rewards, next_values, terminated, gamma: float):
     return rewards + gamma * (1 - terminated) * next_values
 
 
-def critic_loss(model: DDPG, batch: list[torch.Tensor], args: Args) -> tuple[torch.Tensor, torch.Tensor]:
-    """L = 1/N sum (y_i - Q(s_i, a_i))^2, with a gradient for the critic alone, and the mean of Q(s_i, a_i)."""
+def critic_loss(model: DDPG, batch: list[torch.Tensor], args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """L = 1/N sum (y_i - Q(s_i, a_i))^2, with a gradient for the critic alone, and metrics by name."""
     observations, actions, rewards, next_observations, terminated = batch
     with torch.no_grad():
         next_values = model.target_critic(next_observations, model.target_actor(next_observations))
         y = td_target(args.reward_scale * rewards, next_values, terminated, args.gamma)
     values = model.by_minibatch(model.critic, observations, actions)
     assert values.shape == y.shape, (values.shape, y.shape)
-    return F.mse_loss(values, y), values.detach().mean()
+    loss = F.mse_loss(values, y)
+    return loss, {"critic_loss": loss.detach(), "q_values": values.detach().mean()}
 
 
-def actor_loss(model: DDPG, observations: torch.Tensor, logit_penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """-J, where J is the mean of Q(s_i, mu(s_i)), and a penalty.
+def actor_loss(model: DDPG, observations: torch.Tensor, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """-J, where J is the mean of Q(s_i, mu(s_i)), with a penalty, and metrics by name: -J alone.
 
     By the chain rule, grad J = 1/N sum grad_a Q(s, a) at s = s_i, a = mu(s_i), times grad mu(s_i) (Lillicrap et al.
     2016, equation 6). A policy that is certain of its Discrete actions neither explores nor passes a gradient on, and
-    from images tanh soon sticks at -1 or 1. So the mean squared output, times `logit_penalty`, is to be minimised, too.
+    from images tanh soon sticks at -1 or 1. So the mean squared output, times logit_penalty, is to be minimised, too.
     """
     outputs = model.by_minibatch(model.actor.net, observations)
     minus_J = -model.critic(observations, model.actor.choose(outputs)).mean()
-    is_penalised = model.actor.discrete or observations.dim() == 4
-    return minus_J, (logit_penalty * outputs.square().mean() if is_penalised else torch.zeros(()))
+    loss = minus_J
+    if model.actor.discrete or args.pixels:
+        loss = minus_J + args.logit_penalty * outputs.square().mean()
+    return loss, {"actor_loss": minus_J.detach()}
 
 
 @cache  # called at every step for the same networks, whose tensors nothing replaces
@@ -438,7 +442,7 @@ def update(model: DDPG, optimizers: dict, batch: list[torch.Tensor], args: Args)
         FloatingPointError: the critic's loss is not finite; no parameter has changed.
     """
     # Update critic by minimizing the loss
-    loss, q_values = critic_loss(model, batch, args)
+    loss, metrics = critic_loss(model, batch, args)
     if not loss.isfinite():
         raise FloatingPointError(f"the critic's loss is {loss.item()}: check the learning rates")
     optimizers["critic"].zero_grad()
@@ -446,14 +450,15 @@ def update(model: DDPG, optimizers: dict, batch: list[torch.Tensor], args: Args)
     optimizers["critic"].step()
     # Update the actor policy using the sampled policy gradient
     optimizers["actor"].zero_grad()
-    minus_J, penalty = actor_loss(model, batch[0], args.logit_penalty)
-    (minus_J + penalty).backward(inputs=list(model.actor.parameters()))
+    loss, actor_metrics = actor_loss(model, batch[0], args)
+    # through the critic, but not into its parameters
+    loss.backward(inputs=list(model.actor.parameters()))
     optimizers["actor"].step()
     # Update the target networks
     if args.target_network:
         soft_update(model.target_critic, model.critic, args.tau)
         soft_update(model.target_actor, model.actor, args.tau)
-    return {"critic_loss": loss.detach(), "actor_loss": minus_J.detach(), "q_values": q_values}
+    return metrics | actor_metrics
 
 
 # Columns of metrics.csv, with their families in TensorBoard
@@ -516,17 +521,17 @@ def main(args: Args) -> int:
 
     run = Run(SCRIPT, args, METRICS, {}, checkpoint)
     print(f"{SCRIPT}: {args.env_id}, replay memory {buffer.rows.nbytes / 2**20:,.1f} MiB, {run.folder}", flush=True)
-    updates = []  # the metrics of every 50th since the last row
+    latest = []  # the metrics of every 50th since the last row
 
     def log_and_save() -> None:
-        if updates:
-            run.log_metrics(T, {name: float(np.mean([metrics[name] for metrics in updates])) for name in METRICS})
-            updates.clear()
+        if latest:
+            run.log_metrics(T, {name: float(np.mean([metrics[name] for metrics in latest])) for name in METRICS})
+            latest.clear()
         buffer.save(run.folder / "replay.npy")
         states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
         run.save(T, model=model.state_dict(), optimizers=states, replayed=buffer.count)
 
-    with run:  # an error inside is printed, and the run goes on behind the block, where it is saved
+    with run:  # an error inside is printed, and the run goes on after the block, where it is saved
         buffer.create(run.folder / "replay.npy")
         env = make_env(args.env_id, pixels=args.pixels)
         # Initialize a random process N for action exploration
@@ -535,6 +540,7 @@ def main(args: Args) -> int:
         final_std = args.noise_std if args.final_noise_std is None else args.final_noise_std
         # Receive initial observation state s_1
         observation = np.array(env.reset(seed=int(rng.integers(2**31)))[0], dtype)
+        run.start()
         while T < args.total_timesteps and not run.stopped:
             # Select action a_t = mu(s_t) + N_t; a sample of Discrete actions explores by itself
             std = args.noise_std + (final_std - args.noise_std) * T / args.total_timesteps
@@ -547,26 +553,26 @@ def main(args: Args) -> int:
             # Execute it, observe r_t and s_{t+1}
             next_observation, reward, terminated, truncated, info = env.step(action)
             next_observation = np.array(next_observation, dtype)
-            # What float32 can hold; the first observation of an episode was not a next one
+            # R is of float32. The observation of a reset, too, is seen here first.
             if not (np.isfinite([observation, next_observation]).all() and abs(reward) < 3e38):
                 seen = f"{observation}, {action} gave {next_observation} and reward {reward}"
                 raise FloatingPointError(f"{seen} at step {T + 1:,}")
             T += 1
             # Store the transition in R
             buffer.add(observation, action, reward, next_observation, terminated)
-            observation = next_observation
-            if terminated or truncated:
-                run.log_episode(T, 0, info["episode"])
-                # The next episode: initialize N, receive s_1
-                noise.reset()
-                observation = np.array(env.reset()[0], dtype)
             # Sample a random minibatch from R, and learn from it
             if T >= args.learning_starts:
                 metrics = update(model, optimizers, buffer.sample(args.batch_size, rng), args)
                 if T % METRICS_EVERY == 0 or T % args.log_interval == 0:
                     for name, network in (("critic", model.critic), ("actor", model.actor)):
                         metrics[f"{name}_grad_norm"] = get_total_norm([each.grad for each in network.parameters()])
-                    updates.append(metrics | {"noise_std": std, "learning_rate": args.learning_rate})
+                    latest.append(metrics | {"noise_std": std, "learning_rate": args.learning_rate})
+            observation = next_observation
+            if terminated or truncated:
+                run.log_episode(T, 0, info["episode"])
+                # The next episode: initialize N, receive s_1
+                noise.reset()
+                observation = np.array(env.reset()[0], dtype)
             if T % args.log_interval == 0:
                 log_and_save()
             if T % METRICS_EVERY == 0:

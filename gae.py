@@ -29,7 +29,7 @@ from common.run import Run, seed_everything
 
 SCRIPT = Path(__file__).stem
 CG_ITERATIONS = 10  # of conjugate gradients
-FISHER_SHARE = 4  # one step in so many, drawn at random, makes up the Fisher matrix
+FISHER_FRACTION = 0.25  # of the steps, drawn at random, make up the Fisher matrix: a quarter of the time
 LINE_SEARCH_STEPS = 10  # step lengths that are tried, each half of the one before
 
 
@@ -94,7 +94,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     space = env.observation_space
     if not isinstance(space, spaces.Box) or len(space.shape) != 1:
         if not space.is_np_flattenable or space.dtype == np.uint8:
-            raise ValueError(f"its observations do not flatten to a vector: {space}")
+            raise ValueError(f"its observations become no vector of numbers (images: a3c.py): {space}")
         env = FlattenObservation(env)
     space = env.action_space
     if isinstance(space, spaces.Discrete):
@@ -123,7 +123,7 @@ def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
 
 
 class RunningStatistics(nn.Module):
-    """Running mean and standard deviation of vectors of `size` numbers; a number that does not vary has deviation 1."""
+    """Running mean and standard deviation of vectors of `size` numbers; one below 1e-4 counts as 1."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -149,8 +149,9 @@ class ActorCritic(nn.Module):
 
     The attribute `theta` is one vector of which every parameter of the policy is a view: who writes to it changes the
     policy. The networks see observations, and the critic returns, normalised by running statistics. When these change,
-    a layer makes up for it, so that only `update_policy` changes the policy and only `fit_value_function` changes V.
-    That is what PopArt does for returns (van Hasselt et al. 2016, Learning Values across Many Orders of Magnitude).
+    a layer makes up for it, so that, after the first batch, only `update_policy` changes the policy and only
+    `fit_value_function` changes V. That is what PopArt does for returns (van Hasselt et al. 2016, Learning Values
+    across Many Orders of Magnitude).
     """
 
     def __init__(self, observation_size: int, action_space: spaces.Space):
@@ -304,7 +305,7 @@ def update_policy(model: ActorCritic, optimizer, inputs, actions, advantages, ar
         Metrics by name.
     """
     parameters = model.policy_parameters()
-    fisher_inputs = inputs[rng.permutation(len(inputs))[: math.ceil(len(inputs) / FISHER_SHARE)]]
+    fisher_inputs = inputs[rng.permutation(len(inputs))[: math.ceil(len(inputs) * FISHER_FRACTION)]]
     with torch.no_grad():
         old_policy, old_fisher_policy = model.policy(inputs), model.policy(fisher_inputs)
         old_log_prob = old_policy.log_prob(actions)
@@ -323,7 +324,7 @@ def update_policy(model: ActorCritic, optimizer, inputs, actions, advantages, ar
         optimizer.zero_grad()
         (-L).backward()
         optimizer.step()
-    elif g.any():
+    elif g.any():  # otherwise there is no direction
         kl = kl_divergence(old_fisher_policy, model.policy(fisher_inputs)).mean()
         product = fisher_vector_product(kl, parameters, args.cg_damping)
         y = conjugate_gradients(product, g, CG_ITERATIONS)
@@ -336,7 +337,7 @@ def update_policy(model: ActorCritic, optimizer, inputs, actions, advantages, ar
             metrics["line_search_steps"] = i + 1
             if new_L > L and new_kl <= args.max_kl:
                 break
-        else:
+        else:  # none was accepted
             model.theta.copy_(theta_old)
             metrics["rejected"] = 1.0
     new_L, new_kl = objective_and_kl()
@@ -344,7 +345,7 @@ def update_policy(model: ActorCritic, optimizer, inputs, actions, advantages, ar
 
 
 def fit_value_function(model: ActorCritic, optimizer, inputs, returns, args: Args, rng) -> float:
-    """Regress V(s) on `returns`, shape (n,), in minibatches. Returns the mean squared error.
+    """Regress V(s) on `returns`, shape (n,), in minibatches. Returns the mean squared error meanwhile.
 
     `main` gives it A_t + V(s_t), with lambda. The paper has the discounted rewards, which is lambda = 1, and a trust
     region for V, too (section 5).
@@ -370,7 +371,8 @@ METRICS["learning_rate"] = "charts"
 
 
 def collect(model: ActorCritic, envs: list[gym.Env], current: np.ndarray, steps: int, T: int, run: Run, rng) -> tuple:
-    """Take `steps` steps in each environment, in turn, fewer if the run is stopped; T steps have been taken before.
+    """Take `steps` steps in each environment, in turn; T steps have been taken before. If the run is stopped meanwhile,
+    what it returns is not whole.
 
     `current`, shape (environments, observation_size), holds the environments' observations before and after.
 
@@ -426,20 +428,21 @@ def main(args: Args) -> int:
 
     run = Run(SCRIPT, args, METRICS, {}, checkpoint)
     print(f"{SCRIPT}: {args.env_id}, {args.num_envs} environments, {run.folder}", flush=True)
-    updates = []  # their metrics since the last row
+    latest = []  # their metrics since the last row
 
     def log_and_save() -> None:
-        if updates:
-            run.log_metrics(T, {name: float(np.mean([metrics[name] for metrics in updates])) for name in METRICS})
-            updates.clear()
+        if latest:
+            run.log_metrics(T, {name: float(np.mean([metrics[name] for metrics in latest])) for name in METRICS})
+            latest.clear()
         run.save(T, model=model.state_dict(), optimizers={name: each.state_dict() for name, each in optimizers.items()})
 
-    with run:  # an error inside is printed, and the run goes on behind the block, where it is saved
+    with run:  # an error inside is printed, and the run goes on after the block, where it is saved
         envs = [make_env(args.env_id) for _ in range(args.num_envs)]
         current = np.stack([env.reset(seed=int(rng.integers(2**31)))[0] for env in envs]).astype(np.float32)
+        run.start()
         while T < args.total_timesteps:
             left = args.total_timesteps - T
-            is_first = args.norm_obs and model.observations.count == 0
+            is_first = args.norm_obs and T == 0
             # Steps are divided evenly over the batches. The first batch, at most a hundredth of the steps, is played by
             # the untrained policy and only measures the observations.
             batches = max(100 if is_first else 1, math.ceil(left / args.batch_size))
@@ -457,9 +460,9 @@ def main(args: Args) -> int:
             with torch.no_grad():
                 values = model.value(inputs).numpy()
                 next_values = model.value(torch.from_numpy(model.normalize(next_observations))).numpy()
-            data = rewards, values, next_values, terminated, truncated, args.gamma
-            advantages = compute_gae(*data, args.gae_lambda)
-            returns = compute_gae(*data, gae_lambda=1.0) + values  # discounted rewards, V only beyond their end
+            data = rewards, values, next_values, terminated, truncated
+            advantages = compute_gae(*data, args.gamma, args.gae_lambda)
+            returns = compute_gae(*data, args.gamma, gae_lambda=1.0) + values  # discounted rewards, V beyond their end
             mean, std = advantages.mean(), advantages.std()
             if not math.isfinite(std):
                 raise FloatingPointError(f"the advantages are {mean} at step {T:,}: what does the environment return?")
@@ -469,8 +472,7 @@ def main(args: Args) -> int:
             metrics = update_policy(model, optimizers["actor"], inputs, actions, normalized, args, rng)
             metrics["value_loss"] = fit_value_function(model, optimizers["critic"], inputs, lambda_returns, args, rng)
             metrics["explained_variance"] = 1 - (returns - values).var() / max(returns.var(), 1e-12)
-            metrics |= {"advantage_mean": mean, "advantage_std": std, "learning_rate": args.learning_rate}
-            updates.append(metrics)
+            latest.append(metrics | {"advantage_mean": mean, "advantage_std": std, "learning_rate": args.learning_rate})
             if args.norm_obs:
                 model.update_observation_statistics(observations.reshape(-1, observations.shape[-1]))
             if T // args.log_interval > run.last_step // args.log_interval:

@@ -37,17 +37,17 @@ def has_gil() -> bool:
     return getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
-@contextlib.contextmanager
-def signals_blocked():
+def signals_blocked() -> contextlib.ExitStack:
     """Processes that start inside get no Ctrl-C and no SIGTERM until `follow_parent`; this one gets them afterwards."""
     _mask_signals("SIG_BLOCK")
-    yield
-    _mask_signals("SIG_UNBLOCK")
+    block = contextlib.ExitStack()
+    block.callback(_mask_signals, "SIG_UNBLOCK")
+    return block
 
 
 def follow_parent() -> None:
     """In a process of its own, a worker leaves Ctrl-C and SIGTERM to its parent, and ends when that has ended."""
-    if parent := multiprocessing.parent_process():
+    if (parent := multiprocessing.parent_process()) and threading.current_thread() is threading.main_thread():
         threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: None)

@@ -4,7 +4,7 @@
     python experiments/a3c_backends.py --env-id MinAtar/Breakout-v1
 
 About 2 minutes on two cores. Run it under a Python with a GIL and under a free-threaded one to see what the GIL costs.
-Beside what a3c.py needs it needs pandas and scipy alone.
+Beside what a3c.py needs it needs pandas alone.
 """
 
 import platform
@@ -36,8 +36,9 @@ def main(args: Args) -> int:
         for backend, workers in product(("thread", "process"), (1, 2, 4, 8))
     }
     runs = tools.play(contestants, tools.read_speed, args, "a3c_backends")
-    runs[["python", "backend", "workers"]] = runs["name"].tolist()
-    table = runs.pivot_table(tools.SPEED, "backend", "workers", aggfunc="median", sort=False).round()
+    measured = tools.succeeded(runs).copy()
+    measured[["python", "backend", "workers"]] = measured["name"].tolist()
+    table = measured.pivot_table(tools.SPEED, "backend", "workers", aggfunc="median", sort=False).round()
     tools.print_table(f"{PYTHON}, workers:", table)
     return tools.finish(runs)
 

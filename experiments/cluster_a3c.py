@@ -101,7 +101,7 @@ class Server:
             self.shared.steps[worker] += segment["steps"] - 1
             self.shared.count_step(worker, segment["episode"])
             if hasattr(self.shared, "update_target"):
-                self.shared.update_target(self.shared.T)
+                self.shared.update_target()
             self.shared.update(torch.tensor(segment["d_theta"]), segment["learning_rate"])
             self.shared.log(worker, segment["metrics"])
         return self.read(known_target)
@@ -166,7 +166,7 @@ class RemoteShared:
         """t <- t + 1; only the last step of a segment can end an episode."""
         self.steps, self.episode = self.steps + 1, episode
 
-    def update_target(self, T: int) -> None:
+    def update_target(self) -> None:
         """The server does that."""
 
     def update(self, d_theta: torch.Tensor, learning_rate: float) -> None:
@@ -201,7 +201,7 @@ def work(name: str, index: int, args, server) -> None:
     if shared.T > args.total_timesteps or shared.stop.value:
         return  # it has found room too late
     try:
-        importlib.import_module(name).worker(index, args, shared, seed_everything(args.seed, shared.T, index))
+        importlib.import_module(name).worker(index, args, shared, shared.T)
     except SystemExit as end:
         raise RuntimeError(f"worker {index} has exited with code {end.code}") from None
     with contextlib.suppress(ActorUnavailableError):
@@ -226,9 +226,9 @@ def main(script: ModuleType, args) -> int:
     check_args(args)
     if args.evaluate is not None:
         fail(f"evaluate with: python {name}.py --evaluate {args.evaluate}")
-    if args.backend != "auto":
-        fail(f"--backend is for {name}.py: here, workers are tasks of Ray")
     checkpoint = load_checkpoint(args, name)
+    if args.backend != (checkpoint["args"]["backend"] if checkpoint else "auto"):
+        fail(f"--backend is for {name}.py: here, workers are tasks of Ray")
     facts = {"backend_used": "ray"}
     if name == "async_qlearning":
         facts["epsilons"] = script.final_epsilons(args).tolist()
@@ -300,7 +300,7 @@ def main(script: ModuleType, args) -> int:
                     last_progress = time.monotonic()
                 elif time.monotonic() - last_progress > PATIENCE_SECONDS:
                     message = f"{len(workers)} workers do not end and are given up"
-                    if room >= first_room:
+                    if room >= min(first_room, args.num_workers):  # no worker lacks room
                         run.fail(message)
                     else:  # they were on a machine that is lost
                         print(f"{name}: {message}", file=sys.stderr, flush=True)

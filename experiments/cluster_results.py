@@ -42,7 +42,7 @@ import a3c
 
 SIZES = (5_000, 130_000, 1_000_000)
 CALLS = "calls per second"
-KILLS, ALL_AT_WORK = "workers killed", "step when all have begun"
+KILLS, AT_WORK, ALL_AT_WORK = "workers killed", "workers at work", "step when all have begun"
 PROCESSES, CLUSTER, LAG = "a3c.py", "cluster_a3c.py", "cluster_a3c.py --lag 1"
 
 
@@ -70,7 +70,7 @@ def call(server, worker: int, size: int, seconds: float) -> float:
     begun, number = time.monotonic(), 0
     while time.monotonic() < begun + seconds:
         number += 1
-        ray.get(server.exchange.remote(worker, str(worker), number, segment, -1))
+        ray.get(server.exchange.remote(worker, begun, number, segment, -1))  # begun: it has learned none of these yet
     return number / (time.monotonic() - begun)
 
 
@@ -91,8 +91,8 @@ def measure_calls(args: Args) -> pd.DataFrame:
         for size, workers in itertools.product(SIZES, (1, 2))
     }
     runs = tools.play(contestants, lambda folder: pd.read_csv(folder / "calls.csv").iloc[0].to_dict(), args, "cluster")
-    table = tools.spread(runs.assign(name=[f"{size:,} numbers, {workers}" for size, workers in runs["name"]]), CALLS)
-    tools.print_table(f"{CALLS}: theta, workers", table)
+    names = [f"{size:,} numbers, {workers}" for size, workers in runs["name"]]
+    tools.show(runs.assign(name=names), CALLS, of="theta, workers:")
     return runs
 
 
@@ -107,9 +107,8 @@ def compare_speed(args: Args) -> pd.DataFrame:
         contestants[CLUSTER] = tools.script("experiments/cluster_a3c.py", flags)
         contestants[LAG] = tools.script("experiments/cluster_a3c.py", f"{flags} --lag=1")
         runs = tools.play(contestants, tools.read_speed, args, "cluster")
-        tools.print_table(f"{env_id}: {tools.SPEED}", tools.spread(runs, tools.SPEED))
-        ratios = [tools.ratios(runs, tools.SPEED, name, [PROCESSES]) for name in (CLUSTER, LAG)]
-        tools.print_table(f"{env_id}: ratio", pd.concat(ratios))
+        tools.show(runs, tools.SPEED, of=env_id)
+        tools.show_ratios(runs, tools.SPEED, [CLUSTER, LAG], [PROCESSES], of=env_id)
         parts.append(runs.assign(env_id=env_id))
     return pd.concat(parts)
 
@@ -152,8 +151,7 @@ def learn_on_nodes(args: Args, nodes: int, steps: int, kill_every: float | None)
         return tools.read_return(folder) | tools.read_time_to_target(folder, 475.0) | kills
 
     runs = tools.play(contestants, read, args, "cluster")
-    for kind in (tools.RETURN, tools.STEPS_TO_TARGET, "wall_seconds", KILLS):
-        tools.print_table(kind, tools.spread(runs, kind))
+    tools.show(runs, tools.RETURN, tools.STEPS_TO_TARGET, "wall_seconds", KILLS)
     return runs
 
 
@@ -176,8 +174,8 @@ def compare_sweep(args: Args) -> pd.DataFrame:
         return {}
 
     runs = tools.play(contestants, read, args, "cluster")
-    tools.print_table("seconds for 20 runs", tools.spread(runs, "wall_seconds"))
-    tools.print_table("ratio", tools.ratios(runs, "wall_seconds", "sweep.py", ["xargs -P 2"]))
+    tools.show(runs, "wall_seconds", of="20 runs:")
+    tools.show_ratios(runs, "wall_seconds", ["sweep.py"], ["xargs -P 2"], of="20 runs:")
     return runs
 
 
@@ -195,15 +193,14 @@ def compare_staleness(args: Args) -> pd.DataFrame:
 
     def read(folder: Path) -> dict[str, float]:
         first = tools.read_table(folder, "episodes").groupby("worker")["step"].min()
-        return tools.read_return(folder) | {ALL_AT_WORK: float(first.max()), "workers at work": float(len(first))}
+        return tools.read_return(folder) | {ALL_AT_WORK: float(first.max()), AT_WORK: float(len(first))}
 
     runs = tools.play(contestants, read, args, "cluster")
-    runs[["workers", "lag"]] = runs["name"].tolist()
-    groups = runs.groupby(["workers", "lag"])
-    table = groups[tools.RETURN].agg(["median", "min", "max"]).reset_index()
-    table.insert(2, "updates in between", table["workers"] * (table["lag"] + 1) - 1)
-    table = table.join(groups[["workers at work", ALL_AT_WORK]].median().reset_index(drop=True))
-    tools.print_table(f"{args.env_id}, {tools.RETURN}: workers", table.set_index("workers"))
+    table = tools.spread(runs, tools.RETURN)[["median", "min", "max"]]
+    table.insert(0, "updates in between", [workers * (lag + 1) - 1 for workers, lag in table.index])
+    for measure in (AT_WORK, ALL_AT_WORK):
+        table[measure] = tools.spread(runs, measure)["median"]
+    tools.print_table(f"{args.env_id}, {tools.RETURN}: workers, lag", table)
     return runs
 
 

@@ -61,12 +61,12 @@ def measure(what: tuple, read: Callable, args: Args) -> tuple[pd.DataFrame, pd.D
     tables = []
     for name in names:
         this, other = f"{name}: this", f"{name}: other"
-        for measure, faster, slower in ((tools.SPEED, this, other), (WALL, other, this)):
-            if measure in runs:
-                medians = runs.groupby("name")[measure].median()
-                table = tools.ratios(runs, measure, faster, [slower]).set_axis([f"{name}: {measure}"])
-                table.insert(0, "this", medians[this])
-                tables.append(table.assign(other=medians[other]))
+        for kind, faster, slower in ((tools.SPEED, this, other), (WALL, other, this)):
+            medians = tools.spread(runs, kind)["median"]
+            table = tools.ratios(runs, kind, [faster], [slower])
+            table.index = [f"{name}: {kind}"] * len(table)  # without runs it is empty
+            table.insert(0, "this", medians.get(this))
+            tables.append(table.assign(other=medians.get(other)))
     return runs, pd.concat(tables)
 
 

@@ -5,7 +5,7 @@
     python experiments/ddpg_vs_peers.py --only speed
 
 On two idle cores "pendulum" takes about 10 minutes, "speed" 10, and "halfcheetah" with `--seeds 1 2 3 4 5` half an
-hour; without `--only` all parts run, one after the other. `--seeds 21 --steps 600 --speed-steps 2000` is a trial.
+hour; without `--only` all parts run, one after the other. `--seeds 21 --steps 600 --speed-steps 1000` is a trial.
 
 "pendulum", "halfcheetah": mean return of the greedy policy over 20 episodes after 10,000 steps of Pendulum-v1 and
 after 100,000 of HalfCheetah-v5; all contestants are evaluated by the same function and from the same initial states.
@@ -14,13 +14,12 @@ enters its critic at the first layer, and all first weights are as torch makes t
 is, too.
 
 "speed": environment steps per second on HalfCheetah-v5 while there is an update at each of them, with minibatches of
-256 and of 64. The 1,000 random steps at the beginning do not count; what a run of ddpg.py writes while it trains does.
-ddpg.py runs with `--num-threads 2`; the peers have one thread and, with the first seed, their default number too, of
-which the faster goes on and is compared.
+256 and of 64. The first 2,000 steps do not count: 1,000 are random, and during the next 1,000 everyone warms up (SBX
+compiles). What a run of ddpg.py writes while it trains does count. ddpg.py runs with `--num-threads 2`; the peers have
+one thread and, with the first seed, their default number too, of which the faster goes on and is compared.
 
 Every run has a process of its own. `--parallel` of them go at once, each with one torch thread, but where speed is
-measured, which is one after the other. A run that fails is
-reported, and the exit code is 1.
+measured, which is one after the other.
 """
 
 import sys
@@ -40,14 +39,14 @@ import ddpg
 
 HALFCHEETAH_FLAGS = "--learning-starts 10000 --learning-rate 3e-4 --actor-learning-rate 3e-4"
 OURS, AS_IT_IS = "ddpg.py", "ddpg.py, as it is"
-SB3 = {"SB3 DDPG": 1, "SB3 DDPG, default threads": 0}  # threads, 0: the default
-SBX = {"SBX DDPG": 1, "SBX DDPG, default threads": 0}
+SB3, SBX = "SB3 DDPG", "SBX DDPG"
+THREADS = {"": 1, ", default threads": 0}  # by the end of a peer's name; 0 is its default
 LEARNING = {  # part: environment, steps, flags of ddpg.py
     "pendulum": ("Pendulum-v1", 10_000, ""),
     "halfcheetah": ("HalfCheetah-v5", 100_000, HALFCHEETAH_FLAGS),
 }
 BATCH_SIZES = (256, 64)  # minibatches of "speed"
-RANDOM_STEPS = 1_000  # of "speed", before those that count: an episode
+RANDOM_STEPS = 1_000  # of "speed": an episode, and another one follows before the steps count
 
 
 @dataclass
@@ -56,7 +55,7 @@ class Args(tools.Options):
     """run this part alone"""
     steps: int | None = None
     """for a trial: steps of each run that is not timed; half of them are random"""
-    speed_steps: int = 4_000
+    speed_steps: int = 2_000
     """timed steps of a run; an episode has 1,000"""
 
 
@@ -97,12 +96,15 @@ def sb3_settings(args: ddpg.Args) -> dict:
     return settings
 
 
-def new_contestants(flags: str) -> dict[str, tools.Command]:
+def new_contestants(flags: str, threads: dict[str, int]) -> dict[str, tools.Command]:
+    """ddpg.py and its peers, each with all these numbers of threads."""
     peer = partial(tools.call, peers.train_sb3, **sb3_settings(parse(flags)))
+    rate = parse(flags).learning_rate  # SBX has one for each network
     contestants = {OURS: tools.call(train_ours, flags=flags)}
-    contestants |= {name: peer(algorithm="DDPG", threads=threads) for name, threads in SB3.items()}
-    rates = {"qf_learning_rate": parse(flags).learning_rate}  # SBX has one for each network
-    return contestants | {name: peer(algorithm="SBX DDPG", threads=threads, **rates) for name, threads in SBX.items()}
+    for end, number in threads.items():
+        contestants[SB3 + end] = peer(algorithm="DDPG", threads=number)
+        contestants[SBX + end] = peer(algorithm="SBX DDPG", threads=number, qf_learning_rate=rate)
+    return contestants
 
 
 def compare_learning(part: str, args: Args) -> pd.DataFrame:
@@ -110,29 +112,27 @@ def compare_learning(part: str, args: Args) -> pd.DataFrame:
     env_id, steps, flags = LEARNING[part]
     flags += f" --env-id={env_id} --total-timesteps={args.steps or steps}"
     flags += f" --learning-starts={args.steps // 2}" if args.steps else ""
-    contestants = new_contestants(flags)
-    for name in (*SB3, *SBX):
-        if "default" in name:
-            del contestants[name]
+    contestants = new_contestants(flags, {"": 1})
     if part == "pendulum":
         contestants[AS_IT_IS] = tools.script("ddpg.py", flags)
     runs = tools.play(contestants, tools.read_return, args, "ddpg_returns", args.parallel)
-    tools.print_table(f"{env_id}, {args.steps or steps:,} steps, {tools.RETURN}", tools.spread(runs, tools.RETURN))
+    tools.show(runs, tools.RETURN, of=f"{env_id}, {args.steps or steps:,} steps,")
     return runs
 
 
 def compare_speed(args: Args) -> pd.DataFrame:
     """Steps per second on HalfCheetah-v5. Prints tables and returns the runs."""
     parts = []
-    flags = f"{HALFCHEETAH_FLAGS} --env-id=HalfCheetah-v5 --total-timesteps={RANDOM_STEPS + args.speed_steps}"
+    flags = f"{HALFCHEETAH_FLAGS} --env-id=HalfCheetah-v5 --total-timesteps={2 * RANDOM_STEPS + args.speed_steps}"
     flags += f" --learning-starts={RANDOM_STEPS} --num-threads=2 --eval-episodes=0"
-    read = partial(tools.read_speed, after=RANDOM_STEPS)
+    read = partial(tools.read_speed, after=2 * RANDOM_STEPS)
+    rivals = [[peer + end for end in THREADS] for peer in (SB3, SBX)]
     for batch_size in BATCH_SIZES:
-        contestants = new_contestants(f"{flags} --batch-size={batch_size}")
-        runs, rivals = tools.play_with_rivals(contestants, read, args, "ddpg_speed", [list(SB3), list(SBX)])
-        title = f"{tools.SPEED}, minibatches of {batch_size}"
-        tools.print_table(title, tools.spread(runs, tools.SPEED))
-        tools.print_table(f"ratio of {title}", tools.ratios(runs, tools.SPEED, OURS, rivals))
+        contestants = new_contestants(f"{flags} --batch-size={batch_size}", THREADS)
+        runs, chosen = tools.play_with_rivals(contestants, read, args, "ddpg_speed", rivals)
+        title = f"minibatches of {batch_size}:"
+        tools.show(runs, tools.SPEED, of=title)
+        tools.show_ratios(runs, tools.SPEED, [OURS], chosen, of=title)
         parts.append(runs)
     return pd.concat(parts)
 

@@ -6,8 +6,7 @@
 
 A quarter of an hour on two cores for CartPole-v1; `--seeds 21 --total-timesteps 20000` is a trial. Every run is a3c.py
 with 8 workers and its defaults but --ent-coef. The table has the greedy return, a mean over 20 episodes after training.
-The picture, entropy_CartPole-v1.png, shows the policy's entropy and the returns of training episodes. A run that
-fails is left out and reported, and the exit code is 1.
+The picture, entropy_CartPole-v1.png, shows the policy's entropy and the returns of training episodes.
 """
 
 import sys
@@ -39,7 +38,7 @@ def main(args: Args) -> int:
     flags = f"--env-id={args.env_id} --num-workers=8 --total-timesteps={args.total_timesteps}"
     contestants = {f"beta {beta:g}": tools.script("a3c.py", f"{flags} --ent-coef={beta:g}") for beta in BETAS}
     runs = tools.play(contestants, read, args, "entropy")
-    tools.print_table(f"{args.env_id}, {tools.RETURN}", tools.spread(runs, tools.RETURN))
+    tools.show(runs, tools.RETURN, of=args.env_id)
     figure, ((left, right),) = tools.new_figure(1, 2, width=10)
     for number, (name, group) in enumerate(tools.succeeded(runs).groupby("name", sort=False)):
         for axes, kind in ((left, "entropy"), (right, "return")):

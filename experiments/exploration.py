@@ -7,8 +7,7 @@ Half an hour on two cores; `--seeds 21 --total-timesteps 20000` is a trial. Ever
 CartPole-v1 with 8 workers, whose epsilons end at 0.1, 0.01 or 0.5, or all at one of these. The table has the greedy
 return, a mean over 20 episodes after training, and the seconds and steps until the greedy policy first reached 400, by
 its checkpoints. The picture, exploration.png, shows on the left the epsilon of each worker over the steps, from
-the args.json of a run, and on the right the returns of the first worker's training episodes. A run that fails is left
-out and reported, and the exit code is 1.
+the args.json of a run, and on the right the returns of the first worker's training episodes.
 """
 
 import json
@@ -49,17 +48,14 @@ def draw_schedule(axes, epsilons: list[float], args: Args) -> None:
 def main(args: Args) -> int:
     def read(folder: Path) -> dict:
         episodes = tools.read_table(folder, "episodes")
-        epsilons = json.loads(tools.find(folder, "args.json").read_text())["epsilons"]
+        epsilons = json.dumps(tools.read_args(folder)["epsilons"])
         curve = tools.curve(episodes[episodes["worker"] == 0], args.total_timesteps, points=50)
-        return read_learning(folder, target=400.0) | {"curve": curve, "epsilons": json.dumps(epsilons)}
+        return read_learning(folder, target=400.0) | {"curve": curve, "epsilons": epsilons}
 
-    contestants = {
-        name: tools.script("async_qlearning.py", f"--num-workers=8 --total-timesteps={args.total_timesteps} {flags}")
-        for name, flags in BRANCHES.items()
-    }
+    common = f"--num-workers=8 --total-timesteps={args.total_timesteps} --eval-episodes=0"
+    contestants = {name: tools.script("async_qlearning.py", f"{common} {flags}") for name, flags in BRANCHES.items()}
     runs = tools.play(contestants, read, args, "exploration", keep_checkpoints=True)
-    for measure in (tools.RETURN, tools.SECONDS_TO_TARGET, tools.STEPS_TO_TARGET):
-        tools.print_table(measure, tools.spread(runs, measure))
+    tools.show(runs, tools.RETURN, tools.SECONDS_TO_TARGET, tools.STEPS_TO_TARGET)
     figure, ((left, right),) = tools.new_figure(1, 2, width=10)
     learned = tools.succeeded(runs)
     for epsilons in learned.loc[learned["name"] == PAPER, "epsilons"].head(1):

@@ -19,14 +19,14 @@ mean return of 475. PPO has the 100,000 steps that its settings are for.
 evaluated by the same function and from the same initial states. SB3 runs with its defaults (one environment, with its
 observations and rewards as they are) and with its zoo's settings for these tasks.
 
-gae.py fits its value function as SB3's TRPO does, in 10 epochs of minibatches of
-128 with a learning rate of 0.001, and has a bound on the KL divergence of 0.01 for each dimension of the actions, which
-is TRPO's, too: SB3 takes the mean over the dimensions where the divergence is their sum.
+gae.py fits its value function as SB3's TRPO does, in 10 epochs of minibatches of 128 with a learning rate of 0.001, and
+has a bound on the KL divergence of 0.01 for each dimension of the actions, which is TRPO's, too: SB3 takes the mean
+over the dimensions where the divergence is their sum.
 
 Every run has a process of its own, and the contestants take turns. Runs on CartPole-v1 come one after the other; SB3
-has one torch thread and, with the first seed, torch's default number too, of which the faster goes on. For MuJoCo,
-where no time is measured, all have one thread and `--parallel` runs go at once. Ratios are of runs with the same seed.
-A run that fails is reported, and the exit code is 1.
+has one torch thread. With the first seed, PPO and TRPO with its defaults have torch's default number too, and the
+faster goes on. For MuJoCo, where no time is measured, all have one thread and `--parallel` runs go at once. Ratios are
+of runs with the same seed.
 """
 
 import sys
@@ -43,6 +43,7 @@ import gae
 
 MUJOCO_FLAGS = "--vf-epochs 10 --minibatch-size 128 --learning-rate 1e-3"  # of gae.py, whose defaults are CartPole-v1's
 MUJOCO = {"Hopper-v5": f"{MUJOCO_FLAGS} --max-kl 0.03", "HalfCheetah-v5": f"{MUJOCO_FLAGS} --max-kl 0.06"}
+TARGET = 475.0  # mean return over the last 50 training episodes that counts as learned
 PPO_STEPS = 100_000  # of its zoo's settings for CartPole-v1
 OURS, TUNED = "gae.py", "SB3 TRPO, zoo"
 TRPOS = {"SB3 TRPO": 1, "SB3 TRPO, default threads": 0}  # torch's threads, 0: its default
@@ -62,8 +63,6 @@ class Args(tools.Options):
     """steps of each run that measures steps per second"""
     budget: int = 500_000
     """steps after which a run counts as not having reached the target (PPO, gae.py: no more than their own)"""
-    target: float = 475.0
-    """mean return over the last 50 training episodes that counts as learned"""
     mujoco_steps: int = 300_000
     """steps of each run on MuJoCo's environments"""
 
@@ -85,18 +84,17 @@ def compare_on_cartpole(args: Args) -> list[pd.DataFrame]:
     contestants |= {name: peer(steps=args.speed_steps, **own) for name, own in PEERS.items()}
     rivals = [list(TRPOS), list(PPOS)]
     speed, (trpo, ppo) = tools.play_with_rivals(contestants, read_whole_speed, args, "gae_speed", rivals)
-    tools.print_table(tools.SPEED, tools.spread(speed, tools.SPEED))
-    tools.print_table(f"ratio of {tools.SPEED}", tools.ratios(speed, tools.SPEED, OURS, [trpo, TUNED, ppo]))
+    tools.show(speed, tools.SPEED)
+    tools.show_ratios(speed, tools.SPEED, [OURS], [trpo, TUNED, ppo])
 
     contestants = {OURS: ours(min(args.budget, gae.Args.total_timesteps))}
     for name, budget in {trpo: args.budget, TUNED: args.budget, ppo: min(args.budget, PPO_STEPS)}.items():
-        contestants[name] = peer(steps=budget, stop_at=args.target, **PEERS[name])
-    read = partial(tools.read_time_to_target, target=args.target)
+        contestants[name] = peer(steps=budget, stop_at=TARGET, **PEERS[name])
+    read = partial(tools.read_time_to_target, target=TARGET)
     learning = tools.play(contestants, read, args, "gae_learning")
     for measure in (tools.SECONDS_TO_TARGET, tools.STEPS_TO_TARGET):
-        tools.print_table(measure, tools.spread(learning, measure))
-        ratios = [tools.ratios(learning, measure, rival, [OURS]) for rival in (trpo, TUNED, ppo)]
-        tools.print_table(f"ratio of {measure}", pd.concat(ratios))
+        tools.show(learning, measure)
+        tools.show_ratios(learning, measure, [trpo, TUNED, ppo], [OURS])
     return [speed, learning]
 
 
@@ -110,7 +108,7 @@ def compare_on_mujoco(args: Args) -> list[pd.DataFrame]:
             contestants[f"SB3 {algorithm}"] = peer(algorithm=algorithm, zoo=False)
             contestants[f"SB3 {algorithm}, zoo"] = peer(algorithm=algorithm)
         parts.append(tools.play(contestants, tools.read_return, args, "gae_mujoco", args.parallel))
-        tools.print_table(f"{env_id}, {tools.RETURN}", tools.spread(parts[-1], tools.RETURN))
+        tools.show(parts[-1], tools.RETURN, of=env_id)
     return parts
 
 

@@ -5,19 +5,22 @@
 
 About 40 minutes on two cores; `--seeds 21 --steps 5000 --pong-steps 6000` is a trial. Everyone has the network of
 a3c.py and the same environments, made by its `make_env`: `a3c.py` with two workers, PFRL's A3C with two processes and
-the same hyperparameters, SB3's A2C with 8 environments, its settings for Atari and one torch thread. On Pong there is
-also the emulator alone, with random actions and without a network, in two processes.
+the same hyperparameters, SB3's A2C with 8 environments and its settings for Atari. On Pong there is also the emulator
+alone, with random actions and without a network, in two processes.
+
+SB3's A2C has one torch thread. With the first seed it also runs with torch's default number of threads, and with a
+process for each environment; the fastest of the three goes on.
 
 The rate is that of the episodes of `tools.read_speed`; the emulator's is of all its steps. A segment of A3C ends where
 an episode does, so that a policy which soon loses needs more updates for as many steps; that of A2C does not. Every run
-has a process of its own, one after the other, and the contestants take turns. Ratios are of runs with the same seed. A
-run that fails is reported, and the exit code is 1.
+has a process of its own, one after the other, and the contestants take turns. Ratios are of runs with the same seed.
 """
 
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +33,12 @@ from async_methods import A3C
 import a3c
 
 BREAKOUT, PONG = "MinAtar/Breakout-v1", "ale_py:PongNoFrameskip-v4"
-OURS, SB3, PFRL, EMULATOR = "a3c.py, 2 workers", "SB3 A2C, 8 environments", "PFRL A3C, 2 processes", "emulator alone"
+OURS, PFRL, EMULATOR = "a3c.py, 2 workers", "PFRL A3C, 2 processes", "emulator alone"
+SB3 = {
+    "SB3 A2C, 8 environments": {},
+    "SB3 A2C, 8 environments, default threads": {"threads": 0},
+    "SB3 A2C, 8 environments in processes": {"processes": True},
+}
 
 
 @dataclass
@@ -45,8 +53,8 @@ class Args(tools.Options):
     """steps of each run on Pong"""
 
 
-def play_at_random(env_id: str, steps: int, seed: int) -> tuple[float, float]:
-    """When so many steps with random actions begin and end."""
+def play_at_random(env_id: str, steps: int, seed: int) -> float:
+    """Steps per second with random actions."""
     env, rng = a3c.make_env(env_id), np.random.default_rng(seed)
     env.reset(seed=seed)
     start = time.monotonic()
@@ -54,14 +62,13 @@ def play_at_random(env_id: str, steps: int, seed: int) -> tuple[float, float]:
         *_, terminated, truncated, _ = env.step(rng.integers(env.action_space.n))
         if terminated or truncated:
             env.reset()
-    return start, time.monotonic()
+    return steps / (time.monotonic() - start)
 
 
 def emulate(env_id: str, steps: int, seed: int, folder: Path) -> None:
     """Two processes that play at random. Writes speed.csv: the sum of their rates."""
     with ProcessPoolExecutor(2) as pool:
-        times = list(pool.map(play_at_random, [env_id] * 2, [steps // 2] * 2, [seed, seed + 1000]))
-    rate = sum(steps // 2 / (end - start) for start, end in times)
+        rate = sum(pool.map(play_at_random, [env_id] * 2, [steps // 2] * 2, [seed, seed + 1000]))
     pd.DataFrame({tools.SPEED: [rate]}).to_csv(folder / "speed.csv", index=False)
 
 
@@ -80,13 +87,15 @@ def main(args: Args) -> int:
         contestants = {
             OURS: tools.script("a3c.py", ours),
             PFRL: tools.call(peers.train_pfrl, env_id=env_id, steps=steps, **A3C),
-            SB3: tools.call(peers.train_sb3, algorithm="A2C", env_id=env_id, steps=steps, num_envs=8),
         }
         if game == "pong":
             contestants[EMULATOR] = tools.call(emulate, env_id=env_id, steps=steps)
-        runs = tools.play(contestants, read, args, "image_speed")
-        tools.print_table(f"{env_id}: {tools.SPEED}", tools.spread(runs, tools.SPEED))
-        tools.print_table(f"{env_id}: ratio", tools.ratios(runs, tools.SPEED, OURS, [*contestants][1:]))
+        others = [*contestants][1:]
+        sb3 = partial(tools.call, peers.train_sb3, algorithm="A2C", env_id=env_id, steps=steps, num_envs=8)
+        contestants |= {name: sb3(**own) for name, own in SB3.items()}
+        runs, fastest = tools.play_with_rivals(contestants, read, args, "image_speed", [list(SB3)])
+        tools.show(runs, tools.SPEED, of=env_id)
+        tools.show_ratios(runs, tools.SPEED, [OURS], [*fastest, *others], of=env_id)
         parts.append(runs)
     return tools.finish(*parts)
 

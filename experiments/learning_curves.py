@@ -9,13 +9,11 @@ learning_curves.png, shows the return of training episodes, exploration included
 workers: a thin line for each seed, and their mean thick with its interval.
 
 Workers are processes, so runs of a3c.py and async_qlearning.py go one after the other; of gae.py and ddpg.py
-`--parallel` go at once. A run that fails is left out and
-reported, and the exit code is 1.
+`--parallel` go at once.
 """
 
 import importlib
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -29,12 +27,7 @@ PANELS = {  # environment, goal, and runs with their flags, by script
 }
 
 
-@dataclass
-class Args(tools.Options):
-    pass
-
-
-def main(args: Args) -> int:
+def main(args: tools.Options) -> int:
     figure, panels = tools.new_figure(2, 2, height=6)
     parts, tables = [], []
     for axes, (script, (env_id, goal, runs)) in zip(panels.flat, PANELS.items(), strict=True):
@@ -46,16 +39,18 @@ def main(args: Args) -> int:
         contestants = {f"{script}, {label}": tools.script(script, flags) for label, flags in runs.items()}
         parallel = args.parallel if script in ("gae.py", "ddpg.py") else 1
         parts.append(tools.play(contestants, read, args, "learning_curves", parallel))
-        learned = parts[-1].dropna(subset=tools.RETURN)
+        axes.axhline(goal, color="grey", linewidth=0.8, linestyle=":")
+        axes.set(title=f"{script}, {env_id}", xlabel="environment steps", ylabel="training return")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        learned = parts[-1][parts[-1]["failed"] == ""]
+        if learned.empty:
+            continue
         tables.append(tools.spread(learned, tools.RETURN))
         reached = (learned[tools.RETURN] >= goal).groupby(learned["name"], sort=False).sum()
         tables[-1]["runs that reach 475 or -200"] = reached
         for number, (name, group) in enumerate(learned.groupby("name", sort=False)):
             tools.draw_curves(axes, group["curve"].tolist(), f"C{number}", name.split(", ")[1])
-        axes.axhline(goal, color="grey", linewidth=0.8, linestyle=":")
-        axes.set(title=f"{script}, {env_id}", xlabel="environment steps", ylabel="training return")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        if len(runs) > 1 and len(learned):
+        if len(runs) > 1:
             axes.legend(loc="lower right")
     tools.succeeded(pd.concat(parts))
     tools.save_figure(figure, args.pictures / "learning_curves.png")
@@ -64,4 +59,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tools.parse_args(Args)))
+    sys.exit(main(tools.parse_args(tools.Options)))

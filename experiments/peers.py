@@ -106,6 +106,7 @@ def train_sb3(
     stop_at: float | None = None,
     copy_every: int | None = None,
     eval_episodes: int = 0,
+    processes: bool = False,
     **settings,
 ) -> None:
     """An algorithm of Stable-Baselines3, sb3-contrib or SBX (SB3 in JAX), with the settings of ZOO or its defaults.
@@ -116,6 +117,7 @@ def train_sb3(
         stop_at: mean return of the last 50 training episodes that ends the training.
         copy_every: steps between two copies of the network, 00000.pt, 00001.pt, ...
         eval_episodes: greedy episodes after training.
+        processes: whether each environment has a process of its own.
         settings: what takes the place of these; num_envs is the number of environments, normalize says whether
             observations and rewards are, by running statistics; noise_std is the scale of DDPG's Gaussian noise.
     """
@@ -124,13 +126,14 @@ def train_sb3(
         torch.set_num_threads(threads)
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.noise import NormalActionNoise
-    from stable_baselines3.common.vec_env import VecNormalize
+    from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
     new_env = partial(make_env, algorithm, env_id)
     is_image = a3c.is_image(new_env().observation_space)
     settings = (ZOO.get(f"{algorithm} on {'images' if is_image else env_id}", {}) if zoo else {}) | settings
     normalize = settings.pop("normalize", False)
-    env = make_vec_env(new_env, n_envs=settings.pop("num_envs", 1), seed=seed)
+    vec_env_cls = SubprocVecEnv if processes else None
+    env = make_vec_env(new_env, n_envs=settings.pop("num_envs", 1), seed=seed, vec_env_cls=vec_env_cls)
     env = VecNormalize(env, gamma=settings.get("gamma", 0.99)) if normalize else env
     if is_image:
         settings |= as_a3c(algorithm)

@@ -3,7 +3,7 @@
     pip install -r experiments/requirements.txt
     python experiments/pong.py
 
-One run of an hour or more on two cores. Ctrl-C or SIGTERM saves it, and the same command goes on with it. When it has
+One run of about two hours on two cores. Ctrl-C or SIGTERM saves it, and the same command goes on with it. When it has
 ended, experiments/results/pong/ has its curve, its args.json, its evaluation and its checkpoint; give another seed
 another --results folder. The picture, pong.png, is drawn from the curve: the mean score of the last 20 training games,
 exploration included. It can be drawn while the run goes on, too (`--draw-only`).
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 import tools
+import torch
 
 SETTINGS = "--env-id=ale_py:PongNoFrameskip-v4 --num-workers=2 --t-max=20 --learning-rate=2e-4 --rmsprop-eps=1e-5"
 SETTINGS += " --ent-coef=0.01 --max-grad-norm=40 --log-interval=20000"
@@ -80,7 +81,10 @@ def main(args: Args) -> int:
     pattern, code = f"*__a3c__{args.seed}__*/checkpoint.pt", 0
     runs = sorted(args.log_dir.glob(pattern))
     if not args.draw_only:
-        flags = [f"--resume={runs[-1].parent}"] if runs else [*SETTINGS.split(), f"--seed={args.seed}"]
+        flags = [*SETTINGS.split(), f"--seed={args.seed}"]
+        if runs:  # go on with it; if it was interrupted while it was evaluated, the evaluation is left
+            is_over = torch.load(runs[-1], weights_only=True)["step"] > args.steps
+            flags = [f"--{'evaluate' if is_over else 'resume'}={runs[-1].parent}"]
         command = [sys.executable, str(tools.ROOT / "a3c.py"), *flags, f"--log-dir={args.log_dir}"]
         process = subprocess.Popen([*command, f"--total-timesteps={args.steps}"])
         signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the run as well, which saves

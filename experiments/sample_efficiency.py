@@ -12,7 +12,6 @@ seconds of training until it is at least -300 and -200. Beside that stands the g
 after training. Runs go one after the other, so that seconds can be compared.
 
 The picture, sample_efficiency.png, shows the returns of training episodes over the steps, on a logarithmic scale.
-A run that fails is left out and reported, and the exit code is 1.
 """
 
 import sys
@@ -45,8 +44,7 @@ def main(args: Args) -> int:
         for target in TARGETS:
             times = tools.read_time_to_target(folder, target, window=20)
             results |= {f"{measure} {target}": value for measure, value in times.items()}
-        name = tools.find(folder, "args.json").parent.name.split("__")[-3]
-        return results | {"curve": tools.curve(episodes, steps[f"{name}.py"], points=200)}
+        return results | {"curve": tools.curve(episodes, tools.read_args(folder)["total_timesteps"], points=200)}
 
     contestants = {
         name: tools.script(name, f"{flags} --env-id=Pendulum-v1 --total-timesteps={steps[name]}")
@@ -55,11 +53,9 @@ def main(args: Args) -> int:
     all_runs = tools.play(contestants, read, args, "sample_efficiency")
     runs = tools.succeeded(all_runs)
     for target in TARGETS:
-        for measure in (f"{tools.STEPS_TO_TARGET} {target}", f"{tools.SECONDS_TO_TARGET} {target}"):
-            tools.print_table(measure, tools.spread(runs, measure))
-        measure = f"{tools.STEPS_TO_TARGET} {target}"
-        tools.print_table(f"ratio of {measure}", tools.ratios(runs, measure, "a3c.py", ["ddpg.py"]))
-    tools.print_table(tools.RETURN, tools.spread(runs, tools.RETURN))
+        tools.show(runs, f"{tools.STEPS_TO_TARGET} {target}", f"{tools.SECONDS_TO_TARGET} {target}")
+        tools.show_ratios(runs, f"{tools.STEPS_TO_TARGET} {target}", ["a3c.py"], ["ddpg.py"])
+    tools.show(runs, tools.RETURN)
 
     figure, ((axes,),) = tools.new_figure(1, 1, height=5)
     for number, (name, group) in enumerate(runs.groupby("name", sort=False)):

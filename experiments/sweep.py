@@ -6,8 +6,7 @@
 
 Without --address and RAY_ADDRESS, Ray is started on this machine alone. On a cluster, the project and --log-dir lie on
 a path that all machines share. In --log-dir, sweep.csv has a row for each run; the table on the terminal has one for
-each setting. A run that fails is reported and does not stop the others; the exit code is 1. The same command skips what
-is finished and starts the rest again, from its last checkpoints.
+each setting. The same command skips what is finished and starts the rest again, from its last checkpoints.
 """
 
 import contextlib
@@ -165,24 +164,14 @@ def result(folder: Path) -> dict:
     return row
 
 
-def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """Mean, its 95 % bootstrap interval, median and worst of the greedy returns of each setting."""
-    groups = runs.dropna(subset=tools.RETURN).groupby("setting", sort=False)[tools.RETURN]
-    table = groups.agg(["size", "mean", "median", "min"])
-    bounds = [tools.interval(returns.tolist()) for _, returns in groups]
-    table.insert(2, "from", [low for low, _ in bounds])
-    table.insert(3, "to", [high for _, high in bounds])
-    return table.set_axis(["runs", "mean", "95 % from", "to", "median", "worst"], axis=1)
-
-
 def main(args: Args) -> int:
     runs = all_runs(args)
     commands = [(run["script"], to_flags(run)) for run in runs.to_dict("records")]
     cpus = [args.cpus_per_run or cpus_of(parse_run(run)) for run in runs.to_dict("records")]
     words = [runs["script"], runs["env_id"]]
     words += [f"{name}=" + runs[name] for name in runs.columns[2:-1] if runs[name].nunique() > 1]
-    runs["setting"] = [" ".join(setting) for setting in zip(*words, strict=True)]
-    names = runs["setting"] + " seed " + runs["seed"].astype(str)
+    runs["name"] = [" ".join(setting) for setting in zip(*words, strict=True)]
+    names = runs["name"] + " seed " + runs["seed"].astype(str)
     with failing("no cluster"):
         tools.start_ray(args.address)
     largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
@@ -228,9 +217,8 @@ def main(args: Args) -> int:
         with contextlib.suppress(ValueError):
             rows[-1] = result(folder)
     runs = runs.join(pd.DataFrame(rows, columns=[tools.RETURN, tools.SPEED, "seconds", "folder", "failed"]))
-    runs.drop(columns="setting").to_csv(log_dir / "sweep.csv", index=False)
-    if runs[tools.RETURN].notna().any():
-        tools.print_table(tools.RETURN, summary(runs))
+    runs.drop(columns="name").to_csv(log_dir / "sweep.csv", index=False)
+    tools.show(runs, tools.RETURN)
     print(f"{len(runs)} runs, of which {len(failed)} have failed: {log_dir / 'sweep.csv'}")
     return code or int((runs["failed"] != "").any())
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,10 +34,11 @@ sys.path.insert(0, str(ROOT))
 from common.ranges import check_args  # noqa: E402
 
 POLL_SECONDS = 0.02  # between two looks at a run
+TIME_LIMIT = 24 * 3600.0  # seconds after which a run is killed and counts as failed
 WINDOW = 50  # episodes whose mean return has to reach a target
 SPEED, RETURN = "steps per second", "greedy return"
 SECONDS_TO_TARGET, STEPS_TO_TARGET = "seconds to target", "steps to target"
-MEASURES = SPEED, RETURN, SECONDS_TO_TARGET, STEPS_TO_TARGET, "wall_seconds", "curve"
+INTERVAL = ["95 % from", "to"]  # columns of tables
 NOT_RUN = "not run yet"
 PACKAGES = ("torch", "gymnasium", "numpy", "stable-baselines3", "sb3-contrib", "sbx-rl", "jax", "pfrl", "mujoco", "ray")
 
@@ -114,7 +116,6 @@ def play(
     options: Options,
     name: str,
     parallel: int = 1,
-    time_limit: float = 7200.0,
     keep_checkpoints: bool = False,
 ) -> pd.DataFrame:
     """Run every contestant with every seed, each run in a process of its own.
@@ -128,7 +129,6 @@ def play(
         options: of the experiment.
         name: of the folder in `options.results` where that is kept.
         parallel: runs that go at once.
-        time_limit: seconds after which a run is killed and counts as failed.
         keep_checkpoints: give each checkpoint a name that stays: 00000.pt, 00001.pt, ... in the run's folder.
 
     Returns:
@@ -138,9 +138,11 @@ def play(
     stop, lock = threading.Event(), threading.Lock()
     kept = options.results / name
 
-    def run(contestant, seed: int, folder: Path, command: Command, arguments: list[str]) -> dict:
+    def run(contestant, command: Command, seed: int) -> dict:
         title = ", ".join(map(str, contestant)) if isinstance(contestant, tuple) else str(contestant)
         key = {"name": title, "seed": seed, "command": " ".join(command.arguments)}
+        folder = options.log_dir.absolute() / name / slug(key)
+        arguments = [part.replace("{seed}", str(seed)).replace("{folder}", str(folder)) for part in command.arguments]
         row = {"name": contestant, "seed": seed, "failed": ""}
         with lock:
             known = find_kept(kept, key)
@@ -170,8 +172,8 @@ def play(
             process = subprocess.Popen([sys.executable, *arguments], start_new_session=True, **options)
         try:
             while process.poll() is None and not stop.is_set():
-                if time.monotonic() > begun + time_limit:
-                    raise ValueError(f"killed after {time_limit:g} seconds")
+                if time.monotonic() > begun + TIME_LIMIT:
+                    raise ValueError(f"killed after {TIME_LIMIT:g} seconds")
                 if keep_checkpoints:
                     keep_checkpoint(folder)
                 time.sleep(POLL_SECONDS)
@@ -187,21 +189,12 @@ def play(
             keep_checkpoint(folder)
         return seconds
 
-    jobs = []
-    for seed in options.seeds:
-        for contestant, command in contestants.items():
-            arguments = [part.replace("{seed}", str(seed)) for part in command.arguments]
-            words = re.sub(r"[^\w.=-]+", "-", f"{contestant}_{seed}")
-            folder = options.log_dir.absolute() / name / f"{words}_{zlib.crc32(' '.join(arguments).encode()):08x}"
-            arguments = [part.replace("{folder}", str(folder)) for part in arguments]
-            jobs.append((contestant, seed, folder, command, arguments))
+    jobs = [(contestant, command, seed) for seed in options.seeds for contestant, command in contestants.items()]
     with ThreadPoolExecutor(max(1, parallel)) as pool:
         try:
-            rows = list(pool.map(run, *zip(*jobs, strict=True)))
+            return pd.DataFrame(list(pool.map(run, *zip(*jobs, strict=True))))
         finally:
             stop.set()
-    runs = pd.DataFrame(rows)
-    return runs.reindex(columns=[*runs.columns, *(measure for measure in MEASURES if measure not in runs)])
 
 
 def succeeded(runs: pd.DataFrame) -> pd.DataFrame:
@@ -210,6 +203,12 @@ def succeeded(runs: pd.DataFrame) -> pd.DataFrame:
         finish(runs)
         sys.exit(1)
     return runs[runs["failed"] == ""]
+
+
+def slug(key: dict) -> str:
+    """A name for the file or folder of the run with this name, seed and command."""
+    words = re.sub(r"[^\w.=-]+", "-", f"{key['name']}_{key['seed']}")
+    return f"{words}_{zlib.crc32(key['command'].encode()):08x}"
 
 
 def find_kept(folder: Path, key: dict) -> dict:
@@ -229,8 +228,7 @@ def keep(folder: Path, key: dict, reached: dict) -> None:
     row, table = key | reached, folder / "runs.csv"
     folder.mkdir(parents=True, exist_ok=True)
     if "curve" in row:
-        words = re.sub(r"[^\w.=-]+", "-", f"{key['name']}_{key['seed']}")
-        row["curve"] = f"{words}_{zlib.crc32(key['command'].encode()):08x}.csv"
+        row["curve"] = f"{slug(key)}.csv"
         reached["curve"].round(3).to_csv(folder / row["curve"], index=False)
     runs = [pd.read_csv(table)] if table.exists() else []
     pd.concat([*runs, pd.DataFrame([row])]).to_csv(f"{table}.tmp", index=False)
@@ -246,8 +244,8 @@ def play_with_rivals(
     """
     first, others = replace(options, seeds=options.seeds[:1]), replace(options, seeds=options.seeds[1:])
     runs = [play(contestants, read, first, name, **more)]
-    speeds = runs[0].set_index("name")[SPEED].fillna(0)
-    chosen = [max(group, key=speeds.get) for group in rivals]
+    speeds = spread(runs[0], SPEED)["median"]
+    chosen = [max(group, key=lambda name: speeds.get(name, 0)) for group in rivals]
     slow = [rival for group in rivals for rival in group if rival not in chosen]
     if others.seeds:
         left = {name: command for name, command in contestants.items() if name not in slow}
@@ -274,6 +272,11 @@ def find(folder: Path, name: str) -> Path:
 def read_table(folder: Path, name: str) -> pd.DataFrame:
     """episodes.csv or metrics.csv, in the order of time."""
     return pd.read_csv(find(folder, f"{name}.csv")).sort_values("time", kind="stable", ignore_index=True)
+
+
+def read_args(folder: Path) -> dict:
+    """What args.json says of the run in `folder`."""
+    return json.loads(find(folder, "args.json").read_text())
 
 
 def read_return(folder: Path) -> dict[str, float]:
@@ -328,12 +331,13 @@ def last_fifth(episodes: pd.DataFrame, steps: int) -> float:
 
 
 def spread(runs: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """A column of runs for each contestant: number of runs, median, worst and best, mean with its interval."""
-    groups = runs.dropna(subset=measure).groupby("name", sort=False)[measure]
-    table = groups.agg(["size", "median", "min", "max", "mean"])
-    bounds = [interval(values.tolist()) for _, values in groups]
-    table["95 % of the mean"] = [f"{cell(low)} to {cell(high)}" for low, high in bounds]
-    return table.rename(columns={"size": "runs"})
+    """A column of runs for each contestant: number of runs, median, lowest, highest, mean with its interval.
+
+    The table is empty if no run has this column.
+    """
+    groups = runs.reindex(columns=["name", measure]).dropna().groupby("name", sort=False)[measure]
+    table = groups.agg(["size", "median", "min", "max", "mean"]).rename(columns={"size": "runs"})
+    return table.join(pd.DataFrame([interval(values.tolist()) for _, values in groups], table.index, INTERVAL))
 
 
 def bootstrap(values: np.ndarray, resamples: int = 9999):
@@ -345,8 +349,8 @@ def bootstrap(values: np.ndarray, resamples: int = 9999):
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean; NaN where it cannot be known."""
-    if len(values) < 2 or np.ptp(values) == 0:
+    """The 95 % bootstrap interval of the mean; NaN where it cannot be known: of equal or infinite values."""
+    if not np.isfinite(values).all() or np.ptp(values) == 0:
         return np.nan, np.nan
     return tuple(bootstrap(np.array(values)))
 
@@ -357,11 +361,21 @@ def with_interval(values: list[float]) -> str:
     return text if np.isnan(low) else f"{cell(np.mean(values))} ({cell(low)} to {cell(high)}): {text}"
 
 
-def ratios(runs: pd.DataFrame, measure: str, above, others: list) -> pd.DataFrame:
-    """Ratios of a contestant's runs to those of each other one with the same seed, as a table of `spread`."""
-    table = runs.pivot(index="seed", columns="name", values=measure)
-    rows = [pd.DataFrame({"name": f"{above} / {other}", measure: table[above] / table[other]}) for other in others]
-    return spread(pd.concat(rows), measure)
+def ratios(runs: pd.DataFrame, measure: str, above: list[str], below: list[str]) -> pd.DataFrame:
+    """Ratios of the runs of each contestant in `above` to those with the same seed of each in `below`.
+
+    It is a table of `spread`, but with the geometric mean: of 2 and 1/2, which cancel, it is 1.
+    """
+    values = runs.reindex(columns=["name", "seed", measure]).pivot(index="seed", columns="name", values=measure)
+    rows = pd.concat(
+        pd.DataFrame({"name": f"{one} / {other}", measure: values[one] / values[other]})
+        for one, other in product(above, below)
+    )
+    with np.errstate(divide="ignore"):  # of a ratio to what was not reached, which is 0
+        logs = rows.assign(**{measure: np.log(rows[measure])})
+    table, mean = spread(rows, measure), ["mean", *INTERVAL]
+    table[mean] = np.exp(spread(logs, measure)[mean])
+    return table.rename(columns={"mean": "geometric mean"})
 
 
 def cell(value: float | str) -> str:
@@ -369,7 +383,7 @@ def cell(value: float | str) -> str:
     if isinstance(value, str):
         return value
     if not np.isfinite(value):
-        return "no figure" if np.isnan(value) else "not reached"
+        return "" if np.isnan(value) else "not reached"
     digits = 0 if abs(value) >= 1000 or float(value).is_integer() else 1 if abs(value) >= 10 else 2
     return f"{value:,.{digits}f}"
 
@@ -380,6 +394,17 @@ def print_table(title: str, table: pd.DataFrame) -> None:
     columns = [table[name].tolist() for name in table]  # so that whole numbers stay whole
     lines += [f"| {' | '.join(map(cell, row))} |" for row in zip(map(str, table.index), *columns, strict=True)]
     print("\n".join(lines) + "\n", flush=True)
+
+
+def show(runs: pd.DataFrame, *measures: str, of: str = "") -> None:
+    """Print a table of `spread` for each measure; `of` says what the runs have in common."""
+    for measure in measures:
+        print_table(f"{of} {measure}".strip(), spread(runs, measure))
+
+
+def show_ratios(runs: pd.DataFrame, measure: str, above: list[str], below: list[str], of: str = "") -> None:
+    """Print the table of `ratios`."""
+    print_table(f"{of} {measure}, ratio".strip(), ratios(runs, measure, above, below))
 
 
 def where() -> str:
@@ -421,7 +446,7 @@ def new_figure(rows: int, columns: int, width: float = 9.0, height: float = 4.0)
 def draw_curves(axes, curves: list[pd.DataFrame], color: str, label: str, x: str = "step", scale: float = 1.0) -> None:
     """Learning curves as `curve` gives them, over the column `x`, divided by `scale`.
 
-    A thin line is a run, the thick one their mean with its 95 % bootstrap interval, as far as all of them go.
+    A thin line is a run, the thick one their mean with its 95 % bootstrap interval, where all of them have a value.
     """
     for one in curves:
         axes.plot(one[x] / scale, one["return"], color=color, linewidth=0.6, alpha=0.5)

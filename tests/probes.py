@@ -5,6 +5,7 @@ Importing this module registers them; `gymnasium.make("probes:Constant-v0")` doe
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium import spaces
 from threadpoolctl import threadpool_info
 
@@ -108,6 +109,13 @@ class Threads(Probe):
 
     def play(self, action):
         return float(max(library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"))
+
+
+class DrawsFromTorch(Probe):
+    """The reward is a random number of torch's."""
+
+    def play(self, action):
+        return torch.rand(()).item()
 
 
 class Subnormal(Probe):

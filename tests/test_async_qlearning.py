@@ -14,6 +14,7 @@ from gymnasium import spaces
 import a3c
 import async_qlearning
 from async_qlearning import Args, QNetwork, Run, Shared, annealed_epsilon, final_epsilons, make_env, q_loss, td_targets
+from common.run import seed_everything
 
 
 def make_model(seed: int = 0) -> QNetwork:
@@ -147,10 +148,11 @@ def test_shared_updates_the_target_at_the_first_T_from_a_multiple_on(first):
     assert [shared.T, shared.stop.value, *shared.done, shared.means()] == [0, 0, 0, 0, 0, {}]
     assert len(set(shared.episodes)) == 3
     assert (shared.theta_target, shared.theta_target.is_shared(), shared.g, shared.g.is_shared()) == (1, True, 0, True)
-    shared.steps[0], shared.target_updates.value, targets = first, first // 7, []
+    shared.target_updates.value, targets = first // 7, []
     for T in (3, 6, 8, 20, 19, 21, 22, 13, 28, 50, 51):  # some come late, some pass several multiples
         shared.theta.fill_(T)
-        shared.update_target(shared.T + T)
+        shared.steps[0] = first + T
+        shared.update_target()
         targets.append(shared.theta_target.item())
     assert targets == [1, 1, 8, 20, 20, 21, 21, 21, 28, 50, 50]
 
@@ -200,7 +202,7 @@ def work(env_id: str, shared_class=Shared, **arguments) -> tuple[QNetwork, Share
     torch.manual_seed(0)
     model = QNetwork(env.observation_space.shape, int(env.action_space.n))
     shared = shared_class(model.theta, args, SimpleQueue)
-    async_qlearning.worker(args.num_workers - 1, args, shared, np.random.default_rng(3))
+    async_qlearning.worker(args.num_workers - 1, args, shared, 3)
     return model, shared
 
 
@@ -221,7 +223,8 @@ def test_worker_follows_the_pseudo_code(monkeypatch, target, n_step, anneal_lr, 
     monkeypatch.setattr(Recorder, "stop_after", stop_after, raising=False)
     method = {"target": target, "n_step": n_step, "anneal_lr": anneal_lr, "target_network_frequency": I_target}
     _, shared = work("Script", Recorder, total_timesteps=T_max, **method, **SETTINGS)
-    args, rng, T, t, next_action, logged, reports, ends = shared.args, np.random.default_rng(3), 6, 0, None, [], [], []
+    args, T, t, next_action, logged, reports, ends = shared.args, 6, 0, None, [], [], []
+    rng = seed_everything(args.seed, 3, 1)
     model, theta_minus, env = QNetwork((3,), 2), QNetwork((3,), 2, shared.initial), make_env(shared.args.env_id)
     observation, _ = env.reset(seed=int(rng.integers(2**31)))
     for d_theta, rate in shared.updates:

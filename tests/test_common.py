@@ -188,7 +188,7 @@ def test_evaluation_plays_whole_episodes_from_one_seed(tmp_path, monkeypatch):
 def test_evaluation_ends_where_no_episode_does(tmp_path):
     args = SimpleNamespace(seed=1, eval_episodes=1, capture_video=False)
     env = gym.wrappers.RecordEpisodeStatistics(gym.make("probes:Endless-v0"))
-    assert evaluate(lambda observation: 0, env, args, tmp_path)[1] == 10_000
+    assert evaluate(lambda observation: 0, env, args, tmp_path)[1] == 30_000
 
 
 def test_what_cannot_be_filmed_is_refused(capsys, monkeypatch):

@@ -1,15 +1,19 @@
 """What experiments keep of their runs."""
 
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 pytest.importorskip("scipy")
+import pong
 import tools
 
 
@@ -46,6 +50,21 @@ def test_a_run_that_fails_is_reported_and_not_kept(tmp_path, capsys):
     assert pd.read_csv(tmp_path / "results" / "test" / "runs.csv")["name"].tolist() == ["good"]
 
 
+@pytest.mark.parametrize(("step", "flag"), [(100, "--resume"), (101, "--evaluate")])
+def test_pong_goes_on_where_it_was(monkeypatch, tmp_path, step, flag):
+    """Its training, or its evaluation if T has gone beyond the total."""
+    run = tmp_path / "Pong__a3c__1__5"
+    run.mkdir()
+    (run / "episodes.csv").write_text("time\n")
+    torch.save({"step": step}, run / "checkpoint.pt")
+    commands, process = [], SimpleNamespace(wait=lambda: 143)
+    monkeypatch.setattr(subprocess, "Popen", lambda command: commands.append(command) or process)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(pong, "draw", lambda *_: None)
+    assert pong.main(pong.Args(steps=100, log_dir=tmp_path, results=tmp_path / "results")) == 143
+    assert commands[0][2] == f"{flag}={run}"
+
+
 def test_each_run_has_its_seed_and_folder(tmp_path, monkeypatch):
     commands = []
 
@@ -76,15 +95,26 @@ def test_what_is_read_of_a_run(tmp_path):
 
 
 def test_ratios_are_of_runs_with_the_same_seed():
-    rows = [("a", 1, 6.0), ("a", 2, 8.0), ("b", 2, 2.0), ("b", 1, 3.0)]
-    table = tools.ratios(pd.DataFrame(rows, columns=["name", "seed", "speed"]), "speed", "a", ["b"])
+    rows = [("a", 1, 6.0), ("a", 2, 8.0), ("b", 2, 2.0), ("b", 1, 3.0), ("c", 1, 3.0), ("c", 2, 16.0)]
+    table = tools.ratios(pd.DataFrame(rows, columns=["name", "seed", "speed"]), "speed", ["a"], ["b", "c"])
     assert table.loc["a / b", ["runs", "median", "min", "max"]].tolist() == [2, 3, 2, 4]
+    assert table.loc["a / c", ["geometric mean", *tools.INTERVAL]].tolist() == pytest.approx([1, 0.5, 2])
+
+
+def test_tables_without_a_single_figure(capsys):
+    """As of runs that have all failed: nothing has such a column."""
+    runs = pd.DataFrame({"name": ["a", "b"], "seed": [1, 1], "failed": [tools.NOT_RUN] * 2})
+    tools.show(runs, tools.SPEED)
+    tools.show_ratios(runs, tools.SPEED, ["a"], ["b"], of="Pong")
+    speed, _, _, ratio, *_ = capsys.readouterr().out.splitlines()
+    assert speed.startswith("| steps per second | runs | median |")
+    assert ratio.startswith("| Pong steps per second, ratio | runs | median |")
 
 
 def test_intervals_are_of_the_mean_over_the_runs():
     """Of 100 runs that reach 0 or 1, about 0.5 plus and minus two standard errors of 0.05."""
     assert tools.interval([0.0, 1.0] * 50) == pytest.approx((0.4, 0.6), abs=0.02)
-    for unknown in ([1.0], [2.0, 2.0, 2.0]):
+    for unknown in ([1.0], [2.0, 2.0, 2.0], [1.0, math.inf]):
         assert all(map(math.isnan, tools.interval(unknown)))
     points = np.array([[0.0, 10.0, 0.0], [1.0, 14.0, 0.0]] * 50)
     bounds = tools.bootstrap(points, resamples=1000)

@@ -1,6 +1,7 @@
 """What goes wrong during a run: environments and workers that fail or hang, NaN, signals. No run hangs for it."""
 
 import itertools
+import multiprocessing
 import os
 import re
 import signal
@@ -48,6 +49,19 @@ def check_saved(folder: Path) -> int:
 def no_patience(monkeypatch):
     for script in WITH_WORKERS:
         monkeypatch.setattr(script, "PATIENCE_SECONDS", 0.5)
+
+
+# Runs in a child process
+
+
+def test_a_run_may_be_in_a_process_and_its_workers_in_threads(tmp_path):
+    """As in a pool of processes, one for each run."""
+    args = a3c.Args(num_workers=1, total_timesteps=50, eval_episodes=0, log_dir=str(tmp_path))
+    process = multiprocessing.get_context("spawn").Process(target=a3c.main, args=(args,))
+    process.start()
+    process.join()
+    (folder,) = tmp_path.iterdir()
+    assert load(folder)["step"] > 50
 
 
 # Environments and workers that fail

@@ -118,7 +118,7 @@ def test_three_dimensions_of_real_numbers_are_a_vector(monkeypatch, script):
 def test_grey_images_are_refused(monkeypatch, script):
     """They have no channels, and as a vector nobody would learn from them."""
     monkeypatch.setattr(image_probes.Images, "observation_space", spaces.Box(0, 255, (84, 84), np.uint8))
-    with pytest.raises(ValueError, match="its observations do not flatten to a vector"):
+    with pytest.raises(ValueError, match="its observations become no vector of numbers"):
         script.make_env("image_probes:Images-v0")
 
 
@@ -188,6 +188,14 @@ def test_the_network_follows_the_size_of_the_image(script, shape, convolutions, 
     torch.testing.assert_close(
         outputs(network, np.full((1, *shape), 255, np.uint8)), outputs(network, np.ones((1, *shape), bool))
     )
+
+
+@each_script(*WITH_WORKERS)
+def test_convolutions_in_numpy_have_any_shape(script):
+    layer, image = torch.nn.Conv2d(2, 3, (3, 2), stride=(1, 2), padding=(2, 1)), torch.randn(2, 5, 7)
+    ((patches, weight, bias),) = script.numpy_convolutions(torch.nn.Sequential(layer), image.shape)
+    maps = np.append(image.numpy(), np.float32(0)).take(patches, mode="wrap") @ weight + bias
+    np.testing.assert_allclose(maps.T, layer(image).detach().flatten(1), rtol=1e-4, atol=1e-5)
 
 
 def test_actions_on_images_are_drawn_from_the_policy():

@@ -45,7 +45,7 @@ def test_rows_and_checkpoints_come_once_an_interval(train, monkeypatch, script):
 def test_time_begins_with_the_first_step(train, monkeypatch, script):
     begun, start = [], script.Run.start
 
-    def late(index, args, shared, rng):
+    def late(index, args, shared, first_step):
         wait_until(lambda: len(begun) > 3, seconds=10)  # the main process has looked a few times and seen no step
         shared.count_step(index)
         shared.done[index] = True
@@ -55,13 +55,22 @@ def test_time_begins_with_the_first_step(train, monkeypatch, script):
     assert train(script, total_timesteps=10)[0] == 0
 
 
+@each_script(gae, ddpg)
+def test_time_begins_when_the_environments_are_made(train, monkeypatch, script):
+    events, make_env, start = [], script.make_env, script.Run.start
+    monkeypatch.setattr(script, "make_env", lambda *args, **more: events.append("make") or make_env(*args, **more))
+    monkeypatch.setattr(script.Run, "start", lambda run: events.append("start") or start(run))
+    train(script, total_timesteps=10)
+    assert events[-2:] == ["make", "start"]
+
+
 def test_each_worker_has_its_own_final_epsilon(monkeypatch):
     args = async_qlearning.Args(env_id="probes:Script-v0", num_workers=3, total_timesteps=1)
     monkeypatch.setattr(async_qlearning, "annealed_epsilon", lambda T, final, args: seen.append(final) or 1.0)
     for index, epsilon in enumerate((0.01, 0.1, 0.5)):
         seen = []
         shared = async_qlearning.Shared(async_qlearning.QNetwork((3,), 2).theta, args, queue.SimpleQueue)
-        async_qlearning.worker(index, args, shared, np.random.default_rng(0))
+        async_qlearning.worker(index, args, shared, 0)
         assert set(seen) == {epsilon}
 
 
@@ -249,6 +258,22 @@ def test_a_resumed_run_keeps_the_averages_of_both_optimizers_of_gae(train):
         train(gae, trust_region=False, total_timesteps=total, resume=str(folder))
     assert steps[1][0] > steps[0][0] > 0
     assert steps[1][1] > steps[0][1] > 0
+
+
+def test_observations_of_gae_may_be_normalised_later_on(train):
+    """The policy and V stay the functions of observations that they were."""
+    still = {"env_id": "probes:Script-v0", "trust_region": False, "norm_returns": False, "learning_rate": 1e-30}
+    _, folder = train(gae, total_timesteps=40, **still)
+    before = load(folder)["model"]
+    assert train(gae, total_timesteps=80, norm_obs=True, resume=str(folder), **still)[0] == 0
+    outputs = []
+    for state in (before, load(folder)["model"]):
+        model = gae.ActorCritic(3, gae.spaces.Discrete(2))
+        model.load_state_dict(state)
+        inputs = torch.from_numpy(model.normalize(np.eye(3, dtype=np.float32)))
+        outputs.append(torch.cat([model.actor(inputs), model.value(inputs)[:, None]], dim=1))
+    assert not torch.equal(load(folder)["model"]["observations.mean"], before["observations.mean"])
+    torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-4)
 
 
 def test_what_gae_has_measured_is_in_its_checkpoint():

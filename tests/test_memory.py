@@ -30,21 +30,22 @@ def fill(buffer: ReplayBuffer, numbers) -> ReplayBuffer:
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.integers(1, 7), st.lists(st.tuples(st.integers(-4, 4), st.lists(st.integers(0, 9), max_size=3)), max_size=3))
 def test_memory_holds_the_latest_transitions(tmp_path_factory, capacity, runs):
-    """Across runs that go on, each with more room or less."""
-    path, count, first = tmp_path_factory.mktemp("memory") / "replay.npy", 0, 0
+    """Across runs that go on, each with more room or less. Where one is lost, a later one has taken its place."""
+    path, count, kept = tmp_path_factory.mktemp("memory") / "replay.npy", 0, {}
     for growth, adds in runs:
-        capacity = max(1, capacity + growth)
+        old, capacity = capacity, max(1, capacity + growth)
+        kept = {i: kept[max(j for j in range(i, count, old))] for i in range(count)}
         buffer = ReplayBuffer(capacity, (2,), 3)
         if path.exists():
             buffer.load(path, count)
         buffer.create(path)
         for n in [0, *adds]:
             fill(buffer, range(count, count + n)).save(path)
+            kept |= {i: i for i in range(count, count + n)}
             count += n
             expected = np.zeros((capacity, 9), np.float32)
-            first = max(first, count - capacity)
-            for i in range(first, count):
-                expected[i % capacity] = np.hstack(transition(i))
+            for i in range(max(0, count - capacity), count):
+                expected[i % capacity] = np.hstack(transition(kept[i]))
             assert buffer.count == count
             assert np.array_equal(buffer.rows, np.load(path))
             assert np.array_equal(load_rows(path), expected)

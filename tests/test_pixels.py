@@ -269,9 +269,11 @@ def test_a_probe_of_pixels_is_learned(train_on_pixels, monkeypatch):
 def test_tanh_is_kept_from_its_bounds():
     """`logit_penalty` is the weight of the mean squared output of the actor, before its tanh."""
     torch.manual_seed(0)
-    model, images = DDPG(SHAPE, BOX, Args(pixels=True)), torch.randint(256, (4, *SHAPE), dtype=torch.uint8)
+    args = Args(pixels=True, logit_penalty=0.3)
+    model, images = DDPG(SHAPE, BOX, args), torch.randint(256, (4, *SHAPE), dtype=torch.uint8)
     model.actor.net[-1].weight.data *= 3000  # or the penalty would be as good as 0
     outputs = model.actor.net(images)
-    minus_J, penalty = ddpg.actor_loss(model, images, 0.3)
-    torch.testing.assert_close(penalty, 0.3 * outputs.square().mean())
-    torch.testing.assert_close(minus_J, -model.critic(images, outputs.tanh()).mean())
+    loss, metrics = ddpg.actor_loss(model, images, args)
+    minus_J = -model.critic(images, outputs.tanh()).mean()
+    torch.testing.assert_close(loss, minus_J + 0.3 * outputs.square().mean())
+    torch.testing.assert_close(metrics["actor_loss"], minus_J)

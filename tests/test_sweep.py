@@ -93,7 +93,7 @@ def test_the_table_of_a_sweep(monkeypatch, tmp_path, capsys):
     assert [*rows[["gamma", "seed", tools.RETURN]].itertuples(index=False, name=None)] == known
     assert set(rows[tools.SPEED]) == {25}
     lines = [line.strip(" |").split(" | ") for line in capsys.readouterr().out.splitlines() if "gamma" in line]
-    table = {setting: (runs, mean, worst) for setting, runs, mean, *_, worst in lines}
+    table = {setting: (runs, mean, worst) for setting, runs, _, worst, _, mean, *_ in lines}
     assert table == {
         "a3c.py CartPole-v1 gamma=0.5": ("2", "50", "0"),
         "a3c.py CartPole-v1 gamma=0.9": ("2", "250", "200"),
