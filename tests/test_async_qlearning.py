@@ -214,8 +214,8 @@ SETTINGS |= {"final_epsilons": (0.0, 0.2), "final_epsilon_probs": (0.5, 0.5), "e
     ("target", "n_step", "anneal_lr", "I_target", "T_max", "stop_after"),
     [
         ("q", 1, True, 7, 150, inf),
-        ("q", 5, False, 1, 150, 112),
-        ("sarsa", 1, True, 7, 150, 112),
+        ("q", 5, False, 1, 150, 113),
+        ("sarsa", 1, True, 7, 150, 113),
         ("sarsa", 3, True, 1, 150, inf),
     ],
 )
