@@ -15,12 +15,14 @@ which evaluates it (`python a3c.py --evaluate RUN`), and either program goes on 
 import argparse
 import contextlib
 import importlib
+import os
 import queue
+import shlex
+import signal
 import sys
 import time
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Literal, get_args
 
@@ -39,9 +41,11 @@ from common.ranges import NonNegativeInt, PositiveFloat, check_args
 from common.run import Run, seed_everything
 
 Script = Literal["a3c.py", "async_qlearning.py"]
-STATE = ("theta", "g", "theta_target")  # what the server keeps; a3c.py has no theta_target
-PATIENCE_SECONDS = 60.0  # how long a run that is ending waits for workers; those of a lost machine may not come back
-MAX_LOSSES = 100  # of each worker: one that dies whenever it is started again ends the run
+STATE = ("theta", "g", "theta_target")  # what a run goes on with; a3c.py has no theta_target
+# How long workers may be without progress once the run is ending. T moves only when a segment ends, and Ray takes a
+# minute to notice that a machine has vanished.
+PATIENCE_SECONDS = 120.0
+MAX_LOSSES = 100  # of each worker; those that Ray's memory monitor kills do not count, it starts them again for ever
 
 
 def args_class(name: str) -> type:
@@ -61,6 +65,11 @@ def args_class(name: str) -> type:
     return Args
 
 
+def state_of(shared) -> dict[str, np.ndarray]:
+    """What a run goes on with: views of `shared`, by their names in STATE."""
+    return {key: getattr(shared, key).numpy() for key in STATE if hasattr(shared, key)}
+
+
 class Server:
     """The parameter server. What it keeps and how it learns is the script's own `Shared`.
 
@@ -73,6 +82,7 @@ class Server:
 
     def __init__(self, name: str, args, state: dict, step: int):
         torch.set_num_threads(1)
+        torch.set_flush_denormal(True)  # as in a worker
         self.shared = importlib.import_module(name).Shared(torch.tensor(state["theta"]), args, queue.SimpleQueue)
         for key, value in state.items():
             getattr(self.shared, key).copy_(torch.tensor(value))
@@ -120,12 +130,14 @@ class Server:
         self.shared.stop.value |= stop
         episodes = sorted(self.shared.reported())
         means = self.shared.means() if with_state else {}
-        state = {key: getattr(self.shared, key).numpy() for key in STATE if with_state and hasattr(self.shared, key)}
-        return self.shared.T, episodes, self.begun, means, state
+        return self.shared.T, episodes, self.begun, means, state_of(self.shared) if with_state else {}
 
 
 def ask(method, *call):
     """Call a method of the server. Where the answer is lost, ask again, until the server answers or is lost, too.
+
+    The server may then hear the call twice. `exchange` learns once all the same. `report` would lose the episodes of
+    its first answer. But that call comes from the server's own machine, where answers are not lost.
 
     Raises:
         ActorDiedError: the server is lost.
@@ -197,6 +209,7 @@ def work(name: str, index: int, args, server) -> None:
     Raises:
         RuntimeError: it has exited. Ray would take it for lost, and start it again.
     """
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))  # its machine may be about to end: Ray takes it for lost
     shared = RemoteShared(server, index, args.lag)
     if shared.T > args.total_timesteps or shared.stop.value:
         return  # it has found room too late
@@ -222,13 +235,15 @@ def room_for_workers(cpus: float) -> int:
 
 def main(script: ModuleType, args) -> int:
     """Train or go on training, as `args` says. Returns the exit code."""
-    name, address = script.SCRIPT, args.address
+    name, address = script.SCRIPT, args.address or os.environ.get("RAY_ADDRESS", "local")
     check_args(args)
     if args.evaluate is not None:
         fail(f"evaluate with: python {name}.py --evaluate {args.evaluate}")
     checkpoint = load_checkpoint(args, name)
     if args.backend != (checkpoint["args"]["backend"] if checkpoint else "auto"):
         fail(f"--backend is for {name}.py: here, workers are tasks of Ray")
+    if address.startswith("ray://"):
+        fail(f"--address {address}: start the program on a machine of the cluster, with --address auto")
     facts = {"backend_used": "ray"}
     if name == "async_qlearning":
         facts["epsilons"] = script.final_epsilons(args).tolist()
@@ -239,13 +254,13 @@ def main(script: ModuleType, args) -> int:
     threadpool_limits(1)
     seed_everything(args.seed, 0)
     model = new_model(script, eval_env)
+    state = state_of(script.Shared(model.theta, args, queue.SimpleQueue))
     if checkpoint:
-        with failing(f"the checkpoint does not fit {args.env_id} as it is installed here"):
+        with failing(f"the checkpoint does not fit {args.env_id} (as installed here; --screen-size?)"):
             model.load_state_dict(checkpoint["model"])
+            state |= {key: checkpoint[key].view_as(model.theta).numpy() for key in state.keys() - {"theta"}}
         if checkpoint["step"] > args.total_timesteps:
             fail(f"{args.resume} has done {checkpoint['step']:,} steps already: give more with --total-timesteps")
-    state = {key: checkpoint[key].numpy() for key in STATE if key in (checkpoint or {})}
-    state["theta"] = model.theta.numpy()
     with failing("no cluster"):
         tools.start_ray(address)
     args.address = None  # it may be another one when the run is resumed
@@ -256,7 +271,8 @@ def main(script: ModuleType, args) -> int:
     if room == 0:
         fail(f"no machine of the cluster has --cpus-per-worker {args.cpus_per_worker:g} CPUs")
     if room < args.num_workers:
-        print(f"{name}: there is room for {room} of {args.num_workers} workers (--cpus-per-worker); the others wait")
+        print(f"{name}: there is room for {room} of {args.num_workers} workers; the others wait")
+        print("A smaller --cpus-per-worker makes room for all. (In async_qlearning.py, the first ones explore least.)")
 
     run = Run(name, args, script.METRICS, facts, checkpoint)
     print(f"{name}: {args.env_id}, {args.num_workers} workers on a Ray cluster, {run.folder}", flush=True)
@@ -266,12 +282,11 @@ def main(script: ModuleType, args) -> int:
 
     def write(with_checkpoint: bool) -> int:
         """Returns T."""
-        nonlocal begun
         T, episodes, now_begun, means, state = ask(server.report, run.stopped, with_checkpoint)
         for index, (now, before) in enumerate(zip(now_begun, begun, strict=True)):
             if now > max(before, 1):
                 print(f"{name}: worker {index} was lost and has been started again", file=sys.stderr, flush=True)
-        begun = now_begun
+        begun[:] = now_begun
         for episode in episodes:
             run.log_episode(*episode)
         if means and T > run.last_step:
@@ -281,49 +296,47 @@ def main(script: ModuleType, args) -> int:
             run.save(T, model=model.state_dict(), **{key: torch.tensor(array) for key, array in state.items()})
         return T
 
-    next_log = T // args.log_interval + 1
-    with run:
+    next_log = (T // args.log_interval + 1) * args.log_interval
+    with run, contextlib.suppress(ActorDiedError):  # the server is lost: the last `write` says so
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         new_server = ray.remote(Server).options(num_cpus=0, scheduling_strategy=here)
         server = new_server.remote(name, args, state, T)
-        workers = [new_worker.remote(name, index, args, server) for index in range(args.num_workers)]
+        workers = {new_worker.remote(name, index, args, server): index for index in range(args.num_workers)}
+        while workers:
+            if (now_room := room_for_workers(args.cpus_per_worker)) != room:
+                room = now_room
+                print(f"{name}: now there is room for {room} workers", file=sys.stderr, flush=True)
+            now_T = write(with_checkpoint=next_log <= T <= args.total_timesteps)
+            next_log = (T // args.log_interval + 1) * args.log_interval
+            if now_T == run.first_step:
+                run.start()
+            at_work = [index for index in workers.values() if begun[index]]  # the others wait for room
+            if now_T > T or not (run.stopped or now_T > args.total_timesteps):  # progress, or not ending yet
+                last_progress = time.monotonic()
+            elif not at_work:
+                break  # a worker that finds room from now on returns by itself
+            elif time.monotonic() - last_progress > PATIENCE_SECONDS:
+                if room >= min(first_room, args.num_workers):  # otherwise they were on a machine that is lost
+                    run.fail(f"{len(at_work)} workers do not end and are given up")
+                break
+            T = now_T
+            run.progress(T)
+            for each in ray.wait([*workers], num_returns=len(workers), timeout=0.1)[0]:
+                del workers[each]
+                try:
+                    ray.get(each)
+                except ActorDiedError:
+                    raise
+                except RayError as error:  # what a worker has raised ends the run, as in the script
+                    run.fail(str(error))
+    with run:
         try:
-            while workers:
-                if (now_room := room_for_workers(args.cpus_per_worker)) != room:
-                    room = now_room
-                    print(f"{name}: now there is room for {room} workers", file=sys.stderr, flush=True)
-                now_T = write(with_checkpoint=next_log * args.log_interval <= T <= args.total_timesteps)
-                next_log = T // args.log_interval + 1
-                if now_T == run.first_step:
-                    run.start()
-                if now_T > T or (now_T <= args.total_timesteps and not run.stopped):
-                    last_progress = time.monotonic()
-                elif time.monotonic() - last_progress > PATIENCE_SECONDS:
-                    message = f"{len(workers)} workers do not end and are given up"
-                    if room >= min(first_room, args.num_workers):  # no worker lacks room
-                        run.fail(message)
-                    else:  # they were on a machine that is lost
-                        print(f"{name}: {message}", file=sys.stderr, flush=True)
-                    break
-                T = now_T
-                run.progress(T)
-                ended, workers = ray.wait(workers, num_returns=len(workers), timeout=0.1)
-                for each in ended:
-                    try:
-                        ray.get(each)
-                    except RayError as error:  # what a worker has raised ends the run, as in the script
-                        if isinstance(error, ActorDiedError):
-                            raise
-                        run.fail(getattr(error, "traceback_str", str(error)))
-        except ActorDiedError:
-            server = None
-            flags = f" --address {address}" if address else ""
-            resume = f"python experiments/cluster_a3c.py --script {name}.py --resume {run.folder}{flags}"
-            there_is = (run.folder / "checkpoint.pt").exists()
-            run.fail(f"the parameter server is lost: {resume if there_is else 'there is no checkpoint yet'}")
-    if server is not None:
-        with run:
             T = write(with_checkpoint=True)
+        except ActorDiedError as error:
+            flags = ["--script", f"{name}.py", "--resume", str(run.folder.absolute()), "--address", address]
+            there_is = (run.folder / "checkpoint.pt").exists()
+            resume = shlex.join([sys.executable, __file__, *flags]) if there_is else "There is no checkpoint yet."
+            run.fail(f"the parameter server is lost: {error}\n{resume}")
     run.close(T)
     if run.exit_code == 0:
         with run:
@@ -333,7 +346,6 @@ def main(script: ModuleType, args) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--script", default="a3c.py")
-    known = parser.parse_known_args()[0].script
-    script = importlib.import_module(Path(known if known in get_args(Script) else "a3c.py").stem)
+    parser.add_argument("--script", choices=get_args(Script), default="a3c.py")
+    script = importlib.import_module(parser.parse_known_args()[0].script.removesuffix(".py"))
     sys.exit(main(script, parse_args(args_class(script.SCRIPT), script.SCRIPT)))

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -67,10 +68,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def all_runs(args: Args) -> pd.DataFrame:
-    """A row for each run: `script`, `env_id`, a column for each argument of the grid, `seed`.
-
-    `fail`s if a script does not take these arguments.
-    """
+    """A row for each run: `script`, `env_id`, a column for each argument of the grid, `seed`."""
     pairs = [text.lstrip("-").partition("=") for text in args.grid]
     grid = {name.replace("-", "_"): values.split(",") for name, _, values in pairs}
     if len(grid) < len(pairs) or grid.keys() & RESERVED:
@@ -79,10 +77,7 @@ def all_runs(args: Args) -> pd.DataFrame:
     for script in args.scripts:
         environments = args.env_ids or (importlib.import_module(Path(script).stem).Args.env_id,)
         for setting in itertools.product(environments, *grid.values(), parse_seeds(args.seeds)):
-            row = dict(zip(("script", "env_id", *grid, "seed"), (script, *setting), strict=True))
-            if parse_run(row).eval_episodes == 0:
-                fail("the result of a run is its evaluation: give --grid eval_episodes=1 or more")
-            rows.append(row)
+            rows.append(dict(zip(("script", "env_id", *grid, "seed"), (script, *setting), strict=True)))
     if not rows:
         fail("nothing to run: give a script and --seeds")
     return pd.DataFrame(rows).drop_duplicates(ignore_index=True)
@@ -106,10 +101,12 @@ def folder_name(command: str) -> str:
     return name if len(name) <= 200 else f"{name[:200]}_{zlib.crc32(command.encode()):08x}"
 
 
-def parse_run(run: dict):
+def parse_run(script: str, flags: list[str]):
     """The arguments of a run as the script has them; `fail`s where it does not take them."""
-    args = tyro.cli(importlib.import_module(Path(run["script"]).stem).Args, args=to_flags(run))
+    args = tyro.cli(importlib.import_module(Path(script).stem).Args, args=flags)
     check_args(args)
+    if args.eval_episodes == 0:
+        fail("the result of a run is its evaluation: give --grid eval_episodes=1 or more")
     return args
 
 
@@ -127,9 +124,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def play(script: str, flags: list[str], folder: Path) -> str:
-    """One run, a task of Ray, which goes on where an earlier one has ended. Returns why it failed, or nothing."""
-    if is_finished(folder):
-        return ""  # it had ended already when its task was lost
+    """One run, which goes on where an earlier one has ended. Returns why it failed, or nothing."""
     for run in [path.parent for path in folder.rglob("args.json")]:
         if not (run / "checkpoint.pt").exists():
             shutil.rmtree(run)  # it was lost before there was anything to go on with
@@ -140,17 +135,21 @@ def play(script: str, flags: list[str], folder: Path) -> str:
         is_over = checkpoint["step"] >= checkpoint["args"]["total_timesteps"]
         flags = [*flags, f"--{'evaluate' if is_over else 'resume'}={run}"]
     command = [sys.executable, script, *flags, f"--log-dir={folder}"]
-    (folder / "at_work").touch()
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *_: None
     with open(folder / "output.txt", "a") as output:
         options = {"stdout": output, "stderr": subprocess.STDOUT, "cwd": ROOT}
         # PR_SET_PDEATHSIG: it dies with its task, because another one may be about to go on with the run
         code = subprocess.call(command, preexec_fn=lambda: prctl(1, signal.SIGKILL), **options)
-    (folder / "at_work").unlink()
     if code in STOPPED:
         os._exit(1)  # as this machine is going to, perhaps: Ray starts the run again
     last = (folder / "output.txt").read_text().splitlines()[-3:]
     return f"exit code {code}: {' | '.join(last)}" if code else ""
+
+
+def task(script: str, flags: list[str], folder: Path) -> Iterator[str | None]:
+    """`play` as a task of Ray. It yields None when it has found room, and then what `play` returns."""
+    yield None
+    yield "" if is_finished(folder) else play(script, flags, folder)  # it may have ended when its task was lost
 
 
 def result(folder: Path) -> dict:
@@ -167,7 +166,7 @@ def result(folder: Path) -> dict:
 def main(args: Args) -> int:
     runs = all_runs(args)
     commands = [(run["script"], to_flags(run)) for run in runs.to_dict("records")]
-    cpus = [args.cpus_per_run or cpus_of(parse_run(run)) for run in runs.to_dict("records")]
+    parsed = [parse_run(*command) for command in commands]
     words = [runs["script"], runs["env_id"]]
     words += [f"{name}=" + runs[name] for name in runs.columns[2:-1] if runs[name].nunique() > 1]
     runs["name"] = [" ".join(setting) for setting in zip(*words, strict=True)]
@@ -177,35 +176,41 @@ def main(args: Args) -> int:
     largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
     if largest < (args.cpus_per_run or 1):
         fail(f"a machine of the cluster has {largest:g} CPUs at most, less than a run claims (--cpus-per-run)")
+    new_task = ray.remote(max_retries=100)(task)  # if its machine is lost
     with failing("--cpus-per-run"):
-        # max_retries: if its machine is lost
-        options = [{"num_cpus": float(min(claim, largest)), "max_retries": 100} for claim in cpus]
-        tasks = [ray.remote(play).options(**each) for each in options]
+        tasks = [new_task.options(num_cpus=float(min(args.cpus_per_run or cpus_of(each), largest))) for each in parsed]
     log_dir = args.log_dir.absolute()
     folders = [log_dir / folder_name(" ".join([script, *flags])) for script, flags in commands]
     with failing("--log-dir"):
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "at_work").unlink(missing_ok=True)
+        lock = open(log_dir / "lock", "w")  # noqa: SIM115
+    with failing(f"{log_dir} cannot be locked (is another sweep at work there?)"):
+        import fcntl  # not on Windows
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until `lock` is closed, at the end of this function
     missing = [index for index, folder in enumerate(folders) if not is_finished(folder)]
-    left, failed = {}, {}  # index of each task; cause of each run that has failed
+    left, begun, failed = {}, set(), {}  # index of each task; tasks that have begun; causes by index
     code = 0
     with tqdm(total=len(runs), initial=len(runs) - len(missing), unit=" runs", file=sys.stdout, disable=None) as bar:
         try:
             left = {tasks[index].remote(*commands[index], folders[index]): index for index in missing}
             while left:
                 for each in ray.wait([*left], timeout=1.0)[0]:
-                    index = left.pop(each)
                     try:
-                        cause = ray.get(each)
+                        cause = ray.get(next(each))
                     except RayError as error:
                         cause = str(error).strip().splitlines()[-1]
+                    if cause is None:
+                        begun.add(each)
+                        continue
+                    index = left.pop(each)
                     if cause:
                         failed[index] = cause
                     bar.write(f"{names[index]}: {cause or 'finished'}; {len(left)} are left")
                     bar.update()
                     sys.stdout.flush()
-                at_work = [names[index] for index in left.values() if (folders[index] / "at_work").exists()]
+                at_work = [names[index] for each, index in left.items() if each in begun]
                 bar.set_postfix_str(f"{len(at_work)} at work: {', '.join(at_work)}")
         except (KeyboardInterrupt, SystemExit) as end:
             ray.shutdown()
@@ -214,8 +219,9 @@ def main(args: Args) -> int:
     rows = []
     for index, folder in enumerate(folders):
         rows.append({"folder": str(folder), "failed": failed.get(index, "not finished")})
-        with contextlib.suppress(ValueError):
-            rows[-1] = result(folder)
+        if index not in failed:  # one may fail after its evaluation
+            with contextlib.suppress(ValueError):
+                rows[-1] = result(folder)
     runs = runs.join(pd.DataFrame(rows, columns=[tools.RETURN, tools.SPEED, "seconds", "folder", "failed"]))
     runs.drop(columns="name").to_csv(log_dir / "sweep.csv", index=False)
     tools.show(runs, tools.RETURN)

@@ -3,18 +3,21 @@
 import pickle
 import queue
 import runpy
+import shlex
+import signal
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SHORT
+from conftest import SHORT, each_script, load
 from threadpoolctl import threadpool_limits
 
 pytest.importorskip("ray")
 pytest.importorskip("scipy")
 import cluster_a3c
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 import a3c
 import async_qlearning
@@ -42,6 +45,40 @@ class LocalServer(cluster_a3c.Server):
 @pytest.fixture
 def no_ray(monkeypatch):
     monkeypatch.setattr(cluster_a3c, "ray", SimpleNamespace(get=lambda answer: answer))
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)  # `work` puts another one in place
+
+
+@pytest.fixture
+def full_cluster(no_ray, monkeypatch, tmp_path):
+    """What `main` needs of Ray: it finds room for the first worker alone, which plays while `main` waits."""
+
+    def start_server(*args):
+        server = cluster_a3c.Server(*args)
+        return SimpleNamespace(**{name: Method(getattr(server, name)) for name in ("join", "exchange", "report")})
+
+    def remote(function):
+        call = start_server if function is cluster_a3c.Server else partial(partial, function)
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=call))
+
+    def wait(tasks, **_):
+        ended = [task for task in tasks if task.args[1] == 0]
+        return [ended, *(task() for task in ended)]
+
+    fake = cluster_a3c.ray
+    fake.remote, fake.wait, fake.nodes = remote, wait, lambda: [{"Alive": True, "Resources": {"CPU": 1}}]
+    fake.get_runtime_context = lambda: SimpleNamespace(get_node_id=lambda: "0" * 56)
+    monkeypatch.setattr(cluster_a3c.tools, "start_ray", lambda address: None)
+    monkeypatch.setattr(cluster_a3c, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return fake
+
+
+def run_on_cluster(script, **arguments) -> int:
+    options = {"num_workers": 2, "total_timesteps": 100, "eval_episodes": 1, "log_dir": "my runs"} | arguments
+    return cluster_a3c.main(script, cluster_a3c.args_class(script.SCRIPT)(**options))
 
 
 def new_args(script, **arguments):
@@ -164,6 +201,7 @@ def test_an_answer_that_is_lost_is_asked_for_again(monkeypatch, lag, arrives):
         ({"backend": "thread"}, "--backend is for a3c.py: here, workers are tasks of Ray"),
         ({"resume": "runs/x"}, "'runs/x' holds no checkpoint.pt, or a damaged one"),
         ({"env_id": "NoSuch-v0"}, "NoSuch-v0 cannot be used"),
+        ({"address": "ray://head:10001"}, "--address ray://head:10001: start the program on a machine of the cluster"),
     ],
 )
 def test_bad_input_of_a_cluster_run(capsys, tmp_path, arguments, message):
@@ -215,6 +253,62 @@ def test_a_worker_that_exits_is_not_started_again(monkeypatch):
     monkeypatch.setattr(a3c, "worker", lambda *_: sys.exit(0))
     with pytest.raises(RuntimeError, match="worker 1 has exited with code 0"):
         cluster_a3c.work("a3c", 1, cluster_a3c.args_class("a3c")(), None)
+
+
+def test_the_server_takes_subnormal_numbers_for_0():
+    server = LocalServer(a3c, new_args(a3c))
+    assert server.shared.g.fill_(1.18e-38).mul_(0.99).max() == 0
+
+
+@pytest.mark.usefixtures("full_cluster")
+def test_a_run_ends_without_the_workers_that_have_found_no_room(capsys):
+    assert run_on_cluster(async_qlearning) == 0
+    output = capsys.readouterr().out
+    assert "async_qlearning: there is room for 1 of 2 workers; the others wait\nA smaller --cpus-per-worker" in output
+
+
+def test_a_run_can_be_stopped_before_a_worker_has_found_room(full_cluster, tmp_path):
+    def interrupt(tasks, **_):
+        full_cluster.wait = lambda tasks, **_: ([], tasks)
+        signal.raise_signal(signal.SIGINT)
+        return [], tasks
+
+    full_cluster.wait = interrupt
+    assert run_on_cluster(a3c) == 130
+    (checkpoint,) = tmp_path.rglob("checkpoint.pt")
+    assert load(checkpoint.parent)["step"] == 0
+
+
+@pytest.mark.usefixtures("full_cluster")
+def test_the_server_is_lost_with_the_last_call(monkeypatch, tmp_path, capsys):
+    def report(server, stop: bool, with_state: bool) -> tuple:
+        if server.shared.T > 200:
+            raise ActorDiedError
+        return first_report(server, stop, with_state)
+
+    first_report = cluster_a3c.Server.report
+    monkeypatch.setattr(cluster_a3c.Server, "report", report)
+    assert run_on_cluster(a3c, total_timesteps=200) == 1
+    cause = f"a3c: the parameter server is lost: {ActorDiedError()}\n"
+    assert f"{cause}There is no checkpoint yet.\n" in capsys.readouterr().err
+    assert run_on_cluster(a3c) == 0
+    (folder,) = [path.parent for path in tmp_path.rglob("checkpoint.pt")]
+    assert run_on_cluster(a3c, resume=str(folder.relative_to(tmp_path)), total_timesteps=200) == 1
+    *_, resume, _ = capsys.readouterr().err.splitlines()
+    flags = ["--script", "a3c.py", "--resume", str(folder), "--address", "local"]
+    assert shlex.split(resume) == [sys.executable, cluster_a3c.__file__, *flags]
+
+
+@each_script(a3c, async_qlearning)
+def test_a_checkpoint_that_lacks_something_is_refused(capsys, tmp_path, script):
+    args = new_args(script)
+    model = cluster_a3c.new_model(script, script.make_env(args.env_id))
+    state = {"script": script.SCRIPT, "args": vars(args), "step": 10, "model": model.state_dict()}
+    state |= {"g": torch.zeros_like(model.theta)} if script is async_qlearning else {}  # that needs theta_target, too
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit):
+        run_on_cluster(script, resume=str(tmp_path))
+    assert "the checkpoint does not fit CartPole-v1" in capsys.readouterr().err
 
 
 def test_the_script_is_the_one_that_is_named(monkeypatch, capsys):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -77,16 +78,31 @@ def test_long_commands_have_folders_of_their_own():
     assert max(map(len, names)) < 255
 
 
-def test_the_table_of_a_sweep(monkeypatch, tmp_path, capsys):
-    """Of runs that are finished: nothing is started."""
-    monkeypatch.setattr(tools, "start_ray", lambda address: None)
+@pytest.fixture
+def no_ray(monkeypatch):
+    """A task is played in this process, as soon as one waits for it."""
+    task = SimpleNamespace(options=lambda **_: task, remote=sweep.task)
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda function: task)
+    monkeypatch.setattr(ray, "wait", lambda tasks, timeout: (tasks[:1], tasks[1:]))
+    monkeypatch.setattr(ray, "get", lambda answer: answer)
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}])
+    monkeypatch.setattr(tools, "start_ray", lambda address: None)
+
+
+def write_result(folder: Path, mean_return: float) -> None:
+    """What a run leaves in its own folder in `folder`."""
+    (folder / "run").mkdir(parents=True)
+    (folder / "run" / "evaluation.json").write_text(json.dumps({"mean_return": mean_return}))
+    (folder / "run" / "metrics.csv").write_text("step,time\n50,1\n100,4\n")
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_the_table_of_a_sweep(tmp_path, capsys):
+    """Of runs that are finished: nothing is started."""
     args = sweep.Args(("a3c.py",), seeds="1-2", grid=("gamma=0.5,0.9", "ent_coef=0"), log_dir=tmp_path)
     for number, run in enumerate(sweep.all_runs(args).to_dict("records")):
-        folder = tmp_path / sweep.folder_name(" ".join([run["script"], *sweep.to_flags(run)])) / "run"
-        folder.mkdir(parents=True)
-        (folder / "evaluation.json").write_text(json.dumps({"mean_return": 100.0 * number}))
-        (folder / "metrics.csv").write_text("step,time\n50,1\n100,4\n")
+        folder = tmp_path / sweep.folder_name(" ".join([run["script"], *sweep.to_flags(run)]))
+        write_result(folder, 100.0 * number)
     assert sweep.main(args) == 0
     rows = pd.read_csv(tmp_path / "sweep.csv")
     known = [(0.5, 1, 0), (0.5, 2, 100), (0.9, 1, 200), (0.9, 2, 300)]
@@ -98,6 +114,43 @@ def test_the_table_of_a_sweep(monkeypatch, tmp_path, capsys):
         "a3c.py CartPole-v1 gamma=0.5": ("2", "50", "0"),
         "a3c.py CartPole-v1 gamma=0.9": ("2", "250", "200"),
     }
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_run_that_fails_after_its_evaluation_has_failed(monkeypatch, tmp_path):
+    def call(command: list[str], **_) -> int:
+        write_result(Path(command[-1].removeprefix("--log-dir=")), 1.0)
+        return int("--seed=1" in command)
+
+    shown = []
+    monkeypatch.setattr(subprocess, "call", call)
+    monkeypatch.setattr(sweep.tqdm, "set_postfix_str", lambda bar, text: shown.append(text))
+    assert sweep.main(sweep.Args(("a3c.py",), seeds="1-2", log_dir=tmp_path)) == 1
+    rows = pd.read_csv(tmp_path / "sweep.csv", keep_default_na=False)
+    assert [text[:11] for text in rows["failed"]] == ["exit code 1", ""]
+    assert [*rows[tools.RETURN]] == ["", "1.0"]
+    first, second = (f"1 at work: a3c.py CartPole-v1 seed {seed}" for seed in (1, 2))
+    assert shown == [first, "0 at work: ", second, "0 at work: "]
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_two_sweeps_do_not_share_a_directory(monkeypatch, tmp_path, capsys):
+    args = sweep.Args(("a3c.py",), seeds="1", log_dir=tmp_path)
+
+    def call(command: list[str], **_) -> int:
+        monkeypatch.setattr(subprocess, "call", lambda *_, **__: 0)
+        with pytest.raises(SystemExit) as end:
+            sweep.main(args)
+        assert end.value.code == 2
+        write_result(Path(command[-1].removeprefix("--log-dir=")), 1.0)
+        return 0
+
+    monkeypatch.setattr(subprocess, "call", call)
+    assert sweep.main(args) == 0
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path} cannot be locked (is another sweep at work there?): ")
+    assert error.count("\n") == 1
+    assert sweep.main(args) == 0  # the first has ended
 
 
 @pytest.fixture
