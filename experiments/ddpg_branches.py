@@ -7,7 +7,7 @@ It is the figure of Lillicrap et al. 2016 that shows learning curves with and wi
 normalisation, and from pixels, on two environments: Pendulum-v1 for 10,000 steps and InvertedPendulum-v5 for 30,000
 with 10 seeds, and Pendulum-v1 from pixels for 20,000 steps of three simulator steps each with 3. The third kind of
 panel is the noise: Gaussian, Ornstein-Uhlenbeck, and none. Within an environment the branches differ by one flag alone;
-from pixels it needs settings of its own. An hour on two cores without the pixels, another one for them (`--panels`
+from pixels it needs settings of its own. Two hours on two cores, and for each run from pixels 40 minutes (`--panels`
 leaves some out). `--seeds 21 --total-timesteps 1500` is a trial.
 
 The table has the greedy return, a mean over 20 episodes after training, and the return of training, the mean of the
@@ -29,6 +29,7 @@ NOISES = {"Gaussian noise": "", "Ornstein-Uhlenbeck": "--noise=ou", "no noise": 
 PIXELS = "--pixels --batch-size=16 --reward-scale=0.1 --actor-learning-rate=1e-4 --logit-penalty=0.01"
 PIXELS += " --noise-std=0.3 --final-noise-std=0.1"
 TRAINING_RETURN = "training return, last fifth"
+COLORS = dict(zip([*BRANCHES, *NOISES], ("C0", "C1", "C2", "C1", "C4", "C7"), strict=True))
 
 
 class Panel(NamedTuple):
@@ -75,16 +76,15 @@ def main(args: Args) -> int:
         options = replace(args, seeds=args.seeds[: panel.seeds])
         runs = tools.play(contestants, read, options, "ddpg_branches", args.parallel)
         rows = {}
-        for number, branch in enumerate(panel.branches):
+        for branch in panel.branches:
             group = runs[(runs["name"] == f"{title}, {branch}") & (runs["failed"] == "")]
             if group.empty:
                 continue
-            color = f"C{[*BRANCHES].index(branch) if branch in BRANCHES else number + 3}"
-            tools.draw_curves(axes, group["curve"].tolist(), color, branch)
+            tools.draw_curves(axes, group["curve"].tolist(), COLORS[branch], branch)
             rows[branch] = {kind: tools.with_interval(group[kind].tolist()) for kind in (tools.RETURN, TRAINING_RETURN)}
         axes.set(xlabel="steps", ylabel="training return", title=title)
         if rows:
-            axes.legend(fontsize="small")
+            axes.legend(fontsize="small", framealpha=0.5)
             tools.print_table(f"{title}, {steps:,} steps", pd.DataFrame(rows).T)
         parts.append(runs)
     tools.succeeded(pd.concat(parts))
