@@ -135,7 +135,7 @@ def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42)
             raise ValueError(f"its images have a side of less than 3: {space}")
     elif not isinstance(space, spaces.Box) or len(space.shape) != 1:
         if not space.is_np_flattenable or space.dtype == np.uint8:
-            raise ValueError(f"its observations become no vector of numbers and are no images: {space}")
+            raise ValueError(f"its observations cannot be made a vector of numbers, and are no images: {space}")
         env = wrappers.FlattenObservation(env)
     space = env.action_space
     if isinstance(space, spaces.Discrete):

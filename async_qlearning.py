@@ -51,7 +51,7 @@ class Args:
     target: Literal["q", "sarsa"] = "q"
     """what the target takes of the next state: its largest value (Q-learning), or that of the next action (SARSA)"""
     n_step: PositiveInt = 1
-    """rewards in a target, fewer at the end of a segment; from --train-frequency on, all that are left of it"""
+    """rewards in a target, fewer at the end of a segment; with --train-frequency or more, all to its end"""
     train_frequency: PositiveInt = 32
     """I_AsyncUpdate: steps of a worker between two updates, fewer before and after the end of an episode"""
     target_network_frequency: PositiveInt = 500
@@ -139,7 +139,7 @@ def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42)
             raise ValueError(f"its images have a side of less than 3: {space}")
     elif not isinstance(space, spaces.Box) or len(space.shape) != 1:
         if not space.is_np_flattenable or space.dtype == np.uint8:
-            raise ValueError(f"its observations become no vector of numbers and are no images: {space}")
+            raise ValueError(f"its observations cannot be made a vector of numbers, and are no images: {space}")
         env = wrappers.FlattenObservation(env)
     space = env.action_space
     if not isinstance(space, spaces.Discrete):
@@ -421,7 +421,7 @@ def worker(index: int, args: Args, shared: Shared, first_step: int) -> None:
     observations[0], _ = env.reset(seed=int(rng.integers(2**31)))
     actions, rewards, t = [], [], 0
 
-    stopped = False  # before the next update; then the steps since the last one are learned at once
+    stopped = False  # by `shared.stop`: then the steps since the last update are learned at once, and the loop ends
     while (T := shared.T) <= args.total_timesteps and not stopped:  # until T > T_max
         n = len(rewards)  # steps since the last update; s is observations[n]
         # Take action a with epsilon-greedy policy based on Q(s, a; theta)

@@ -44,7 +44,7 @@ class Args:
     """steps with uniformly random actions before the first update"""
     buffer_size: PositiveInt = 1_000_000
     """transitions that the replay memory R holds, no more than --total-timesteps; then the oldest are overwritten. With
-    --pixels it counts images, of which an episode of n transitions has n + 1"""
+    --pixels it counts images and holds one more; an episode of n transitions has n + 1"""
     batch_size: PositiveInt = 64
     """N: transitions in a minibatch; each step learns from one minibatch"""
     learning_rate: PositiveFloat = 1e-3
@@ -118,7 +118,7 @@ def make_env(env_id: str, render_mode: str | None = None, pixels: bool = False) 
     space = env.observation_space
     if not pixels and (not isinstance(space, spaces.Box) or len(space.shape) != 1):
         if not space.is_np_flattenable or space.dtype == np.uint8:
-            raise ValueError(f"its observations become no vector of numbers (images: --pixels): {space}")
+            raise ValueError(f"its observations cannot be made a vector of numbers (images: --pixels): {space}")
         env = wrappers.FlattenObservation(env)
     space = env.action_space
     if isinstance(space, spaces.Discrete) and not pixels:
@@ -521,7 +521,7 @@ def main(args: Args) -> int:
 
     run = Run(SCRIPT, args, METRICS, {}, checkpoint)
     print(f"{SCRIPT}: {args.env_id}, replay memory {buffer.rows.nbytes / 2**20:,.1f} MiB, {run.folder}", flush=True)
-    latest = []  # the metrics of every 50th since the last row
+    latest = []  # metrics of every 50th update since the last row
 
     def log_and_save() -> None:
         if latest:

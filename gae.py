@@ -29,7 +29,7 @@ from common.run import Run, seed_everything
 
 SCRIPT = Path(__file__).stem
 CG_ITERATIONS = 10  # of conjugate gradients
-FISHER_FRACTION = 0.25  # of the steps, drawn at random, make up the Fisher matrix: a quarter of the time
+FISHER_FRACTION = 0.25  # of the steps, drawn at random, make up the Fisher matrix, which takes a quarter of the time
 LINE_SEARCH_STEPS = 10  # step lengths that are tried, each half of the one before
 
 
@@ -94,7 +94,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     space = env.observation_space
     if not isinstance(space, spaces.Box) or len(space.shape) != 1:
         if not space.is_np_flattenable or space.dtype == np.uint8:
-            raise ValueError(f"its observations become no vector of numbers (images: a3c.py): {space}")
+            raise ValueError(f"its observations cannot be made a vector of numbers (images: a3c.py): {space}")
         env = FlattenObservation(env)
     space = env.action_space
     if isinstance(space, spaces.Discrete):
@@ -123,7 +123,7 @@ def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
 
 
 class RunningStatistics(nn.Module):
-    """Running mean and standard deviation of vectors of `size` numbers; one below 1e-4 counts as 1."""
+    """Running mean and standard deviation of vectors of `size` numbers; a deviation below 1e-4 counts as 1."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -428,7 +428,7 @@ def main(args: Args) -> int:
 
     run = Run(SCRIPT, args, METRICS, {}, checkpoint)
     print(f"{SCRIPT}: {args.env_id}, {args.num_envs} environments, {run.folder}", flush=True)
-    latest = []  # their metrics since the last row
+    latest = []  # metrics of the updates since the last row
 
     def log_and_save() -> None:
         if latest:

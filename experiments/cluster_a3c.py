@@ -271,8 +271,9 @@ def main(script: ModuleType, args) -> int:
     if room == 0:
         fail(f"no machine of the cluster has --cpus-per-worker {args.cpus_per_worker:g} CPUs")
     if room < args.num_workers:
-        print(f"{name}: there is room for {room} of {args.num_workers} workers; the others wait")
-        print("A smaller --cpus-per-worker makes room for all. (In async_qlearning.py, the first ones explore least.)")
+        order = "" if name == "a3c" else " (the first explore least)"
+        print(f"{name}: there is room for {room} of {args.num_workers} workers{order}; the others wait")
+        print("A smaller --cpus-per-worker makes room for all.")
 
     run = Run(name, args, script.METRICS, facts, checkpoint)
     print(f"{name}: {args.env_id}, {args.num_workers} workers on a Ray cluster, {run.folder}", flush=True)
@@ -310,14 +311,17 @@ def main(script: ModuleType, args) -> int:
             next_log = (T // args.log_interval + 1) * args.log_interval
             if now_T == run.first_step:
                 run.start()
-            at_work = [index for index in workers.values() if begun[index]]  # the others wait for room
+            at_work = [index for index in workers.values() if begun[index]]  # or lost, and waiting for room again
             if now_T > T or not (run.stopped or now_T > args.total_timesteps):  # progress, or not ending yet
                 last_progress = time.monotonic()
             elif not at_work:
                 break  # a worker that finds room from now on returns by itself
             elif time.monotonic() - last_progress > PATIENCE_SECONDS:
-                if room >= min(first_room, args.num_workers):  # otherwise they were on a machine that is lost
-                    run.fail(f"{len(at_work)} workers do not end and are given up")
+                message = f"{len(at_work)} workers do not end and are given up"
+                if room >= min(first_room, args.num_workers):
+                    run.fail(message)
+                else:  # they were on a machine that is lost
+                    print(f"{name}: {message}", file=sys.stderr, flush=True)
                 break
             T = now_T
             run.progress(T)

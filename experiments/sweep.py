@@ -142,8 +142,12 @@ def play(script: str, flags: list[str], folder: Path) -> str:
         code = subprocess.call(command, preexec_fn=lambda: prctl(1, signal.SIGKILL), **options)
     if code in STOPPED:
         os._exit(1)  # as this machine is going to, perhaps: Ray starts the run again
+    if not code:
+        return ""
+    for evaluation in folder.rglob("evaluation.json"):
+        evaluation.unlink()  # with it the run would be taken for finished next time
     last = (folder / "output.txt").read_text().splitlines()[-3:]
-    return f"exit code {code}: {' | '.join(last)}" if code else ""
+    return f"exit code {code}: {' | '.join(last)}"
 
 
 def task(script: str, flags: list[str], folder: Path) -> Iterator[str | None]:

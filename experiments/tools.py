@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 from common.ranges import check_args  # noqa: E402
 
 POLL_SECONDS = 0.02  # between two looks at a run
-TIME_LIMIT = 24 * 3600.0  # seconds after which a run is killed and counts as failed
+TIME_LIMIT = 6 * 3600.0  # seconds after which a run is killed and counts as failed
 WINDOW = 50  # episodes whose mean return has to reach a target
 SPEED, RETURN = "steps per second", "greedy return"
 SECONDS_TO_TARGET, STEPS_TO_TARGET = "seconds to target", "steps to target"

@@ -118,7 +118,7 @@ def test_three_dimensions_of_real_numbers_are_a_vector(monkeypatch, script):
 def test_grey_images_are_refused(monkeypatch, script):
     """They have no channels, and as a vector nobody would learn from them."""
     monkeypatch.setattr(image_probes.Images, "observation_space", spaces.Box(0, 255, (84, 84), np.uint8))
-    with pytest.raises(ValueError, match="its observations become no vector of numbers"):
+    with pytest.raises(ValueError, match="its observations cannot be made a vector of numbers"):
         script.make_env("image_probes:Images-v0")
 
 

@@ -131,6 +131,7 @@ def test_a_run_that_fails_after_its_evaluation_has_failed(monkeypatch, tmp_path)
     assert [*rows[tools.RETURN]] == ["", "1.0"]
     first, second = (f"1 at work: a3c.py CartPole-v1 seed {seed}" for seed in (1, 2))
     assert shown == [first, "0 at work: ", second, "0 at work: "]
+    assert sweep.main(sweep.Args(("a3c.py",), seeds="1-2", log_dir=tmp_path)) == 1  # it is not taken for finished
 
 
 @pytest.mark.usefixtures("no_ray")
