@@ -315,5 +315,6 @@ def test_probe_is_learned(env_id):
 
 
 def test_probe_with_continuous_actions_is_learned():
-    model, _ = work("Target", num_workers=1, total_timesteps=1000, learning_rate=0.01)
+    """With larger steps the mean may leave the bounds, beyond which no action differs from another."""
+    model, _ = work("Target", num_workers=1, total_timesteps=3000, learning_rate=0.003)
     np.testing.assert_allclose(model.act(np.zeros(1, np.float32)), [0.4, -2], atol=0.2)  # the target, (7, -2)

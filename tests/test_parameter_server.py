@@ -264,7 +264,7 @@ def test_the_server_takes_subnormal_numbers_for_0():
 def test_a_run_ends_without_the_workers_that_have_found_no_room(capsys):
     assert run_on_cluster(async_qlearning) == 0
     output = capsys.readouterr().out
-    assert "async_qlearning: there is room for 1 of 2 workers; the others wait\nA smaller --cpus-per-worker" in output
+    assert "room for 1 of 2 workers (the first explore least); the others wait\nA smaller --cpus-per-worker" in output
 
 
 def test_a_run_can_be_stopped_before_a_worker_has_found_room(full_cluster, tmp_path):

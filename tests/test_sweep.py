@@ -91,7 +91,7 @@ def no_ray(monkeypatch):
 
 def write_result(folder: Path, mean_return: float) -> None:
     """What a run leaves in its own folder in `folder`."""
-    (folder / "run").mkdir(parents=True)
+    (folder / "run").mkdir(parents=True, exist_ok=True)
     (folder / "run" / "evaluation.json").write_text(json.dumps({"mean_return": mean_return}))
     (folder / "run" / "metrics.csv").write_text("step,time\n50,1\n100,4\n")
 
