@@ -25,17 +25,19 @@ import gae
 def test_rows_and_checkpoints_come_once_an_interval(train, monkeypatch, script):
     """Thirty steps within a second, of which the main process sees about twenty states."""
 
-    def steady(index, args, shared, rng):
+    def steady(index, args, shared, first_step):
         for _ in range(30):
             time.sleep(0.03)
-            shared.count_step(index)
             shared.log(index, dict.fromkeys(script.METRICS, 1.0))
+            shared.count_step(index)
+            wait_until(lambda: len(saved) >= shared.T // 10, seconds=10)
         shared.done[index] = True
 
     saved, save = [], script.Run.save
     monkeypatch.setattr(script, "worker", steady)
     monkeypatch.setattr(script.Run, "save", lambda run, step, **state: saved.append(step) or save(run, step, **state))
-    _, folder = train(script, total_timesteps=30, log_interval=10)
+    code, folder = train(script, total_timesteps=30, log_interval=10)
+    assert code == 0
     assert len(tables(folder)[1]) <= 4
     assert len(saved) <= 4
     assert saved[-1] == 30
