@@ -57,7 +57,10 @@ def start_ray(address: str | None) -> None:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    options = {"include_dashboard": False, "object_store_memory": 2**28} if address == "local" else {}
+    options = {}
+    if address == "local":
+        options = {"include_dashboard": False, "object_store_memory": 2**28}
+        os.environ.setdefault("RAY_max_direct_call_object_size", "1000000")  # bytes that a call carries by itself
     handler = signal.getsignal(signal.SIGTERM)
     with contextlib.chdir(ROOT):  # from where all of Ray's processes import
         ray.init(address, logging_level="error", **options)
