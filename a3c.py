@@ -238,8 +238,8 @@ class ActorCritic(nn.Module):
         vector_to_parameters(self.theta, self.parameters())
         # The actor again, as numpy views of the same memory: for one observation it is faster than torch, many
         # times so for a small one.
-        self.layers = [(layer.weight.detach().T.numpy(), layer.bias.detach().numpy()) for layer in layers]
-        self.convolutions = [*numpy_convolutions(self.body, observation_shape)]
+        self.numpy_layers = [(layer.weight.detach().T.numpy(), layer.bias.detach().numpy()) for layer in layers]
+        self.convolutions = list(numpy_convolutions(self.body, observation_shape))
 
     def outputs(self, observation: np.ndarray) -> np.ndarray:
         """The actor's outputs for one observation."""
@@ -247,9 +247,9 @@ class ActorCritic(nn.Module):
         for patches, weight, bias in self.convolutions:  # the 0 at the end is pixel -1, beyond the border
             x = self.activation(np.append(x, np.float32(0)).take(patches, mode="wrap") @ weight + bias)
         x = x.T.ravel()  # one map after the other, as nn.Flatten has them
-        for weight, bias in self.layers[:-1]:
+        for weight, bias in self.numpy_layers[:-1]:
             x = self.activation(x @ weight + bias)
-        weight, bias = self.layers[-1]
+        weight, bias = self.numpy_layers[-1]
         return x @ weight + bias
 
     def act(self, observation: np.ndarray, rng: np.random.Generator | None = None):
@@ -407,7 +407,7 @@ class Shared:
         sums = self.sums.sum(0).numpy()
         *totals, updates = sums - self.known_sums
         self.known_sums = sums
-        return {name: total / updates for name, total in zip(METRICS, totals, strict=True) if updates}
+        return {name: total / updates for name, total in zip(METRICS, totals, strict=True)} if updates else {}
 
 
 def worker(index: int, args: Args, shared: Shared, first_step: int) -> None:

@@ -51,7 +51,7 @@ class Args:
     target: Literal["q", "sarsa"] = "q"
     """what the target takes of the next state: its largest value (Q-learning), or that of the next action (SARSA)"""
     n_step: PositiveInt = 1
-    """rewards in a target, fewer at the end of a segment; with --train-frequency or more, all to its end"""
+    """rewards in a target, fewer at the end of a segment; from the value of --train-frequency on, all that are left"""
     train_frequency: PositiveInt = 32
     """I_AsyncUpdate: steps of a worker between two updates, fewer before and after the end of an episode"""
     target_network_frequency: PositiveInt = 500
@@ -211,6 +211,7 @@ class QNetwork(nn.Module):
 
     def __init__(self, observation_shape: tuple[int, ...], num_actions: int, theta: torch.Tensor | None = None):
         super().__init__()
+        self.num_actions = num_actions
         if len(observation_shape) == 3:
             body = image_layers(observation_shape)
             self.q = nn.Sequential(*body, orthogonal(nn.Linear(body[-2].out_features, num_actions), 1.0))
@@ -224,20 +225,20 @@ class QNetwork(nn.Module):
         vector_to_parameters(self.theta, self.parameters())
         # The same as numpy views of the same memory: for one observation they are faster than torch, many times so
         # for a small one.
-        self.layers = [(layer.weight.detach().T.numpy(), layer.bias.detach().numpy()) for layer in layers]
-        self.convolutions = [*numpy_convolutions(self.q, observation_shape)]
+        self.numpy_layers = [(layer.weight.detach().T.numpy(), layer.bias.detach().numpy()) for layer in layers]
+        self.convolutions = list(numpy_convolutions(self.q, observation_shape))
 
     def act(self, observation: np.ndarray, epsilon: float = 0.0, rng: np.random.Generator | None = None) -> int:
         """The index of an epsilon-greedy action for one observation, a vector or an image."""
         if epsilon and rng.random() < epsilon:
-            return int(rng.random() * self.q[-1].out_features)  # faster than rng.integers
+            return int(rng.random() * self.num_actions)  # faster than rng.integers
         x = observation / np.float32(255) if observation.dtype == np.uint8 else observation
         for patches, weight, bias in self.convolutions:  # the 0 at the end is pixel -1, beyond the border
             x = self.activation(np.append(x, np.float32(0)).take(patches, mode="wrap") @ weight + bias)
         x = x.T.ravel()  # one map after the other, as nn.Flatten has them
-        for weight, bias in self.layers[:-1]:
+        for weight, bias in self.numpy_layers[:-1]:
             x = self.activation(x @ weight + bias)
-        weight, bias = self.layers[-1]
+        weight, bias = self.numpy_layers[-1]
         return int((x @ weight + bias).argmax())
 
 
@@ -261,11 +262,11 @@ def td_targets(rewards: torch.Tensor, next_values: torch.Tensor, gamma: float, n
     return y
 
 
-def q_loss(model: QNetwork, target: QNetwork, observations, actions, rewards, terminated: bool, args: Args):
+def q_loss(model: QNetwork, target_model: QNetwork, observations, actions, rewards, terminated: bool, args: Args):
     """The loss of a segment of n steps, whose gradient is what the lecture accumulates: d sum (y - Q(s, a; theta))^2.
 
     Args:
-        model, target: theta and theta-.
+        model, target_model: theta and theta-.
         observations: s of each step and s' of the last one, shape (n + 1, observation_size) or (n + 1, *image).
         actions: a of each step, shape (n,); for SARSA also a' of the last s', shape (n + 1,).
         rewards: shape (n,).
@@ -277,7 +278,7 @@ def q_loss(model: QNetwork, target: QNetwork, observations, actions, rewards, te
     """
     n = len(rewards)
     with torch.no_grad():
-        next_q = target.q(observations[1:])  # Q(s', .; theta-)
+        next_q = target_model.q(observations[1:])  # Q(s', .; theta-)
         next_actions = next_q.argmax(-1) if args.target == "q" else actions[1:]  # Q-learning: the best a'; SARSA: taken
         next_values = next_q.gather(-1, next_actions.unsqueeze(-1)).squeeze(-1)  # Q(s', a'; theta-)
         if terminated:
@@ -393,7 +394,7 @@ class Shared:
         sums = self.sums.sum(0).numpy()
         *totals, updates = sums - self.known_sums
         self.known_sums = sums
-        return {name: total / updates for name, total in zip(METRICS, totals, strict=True) if updates}
+        return {name: total / updates for name, total in zip(METRICS, totals, strict=True)} if updates else {}
 
 
 def worker(index: int, args: Args, shared: Shared, first_step: int) -> None:
@@ -414,7 +415,7 @@ def worker(index: int, args: Args, shared: Shared, first_step: int) -> None:
     env = make_env(args.env_id, screen_size=args.screen_size)
     space = env.observation_space
     sizes = space.shape, int(env.action_space.n)
-    model, target = QNetwork(*sizes, shared.theta), QNetwork(*sizes, shared.theta_target)
+    model, target_model = QNetwork(*sizes, shared.theta), QNetwork(*sizes, shared.theta_target)
     parameters = list(model.parameters())
     final_epsilon = final_epsilons(args)[index]
     observations = np.empty((args.train_frequency + 1, *space.shape), space.dtype if is_image(space) else np.float32)
@@ -441,7 +442,7 @@ def worker(index: int, args: Args, shared: Shared, first_step: int) -> None:
             if args.target == "sarsa":  # a', which it takes next if the episode goes on
                 actions.append(model.act(observations[n], epsilon, rng))
             batch = torch.from_numpy(observations[: n + 1]), torch.tensor(actions), torch.tensor(rewards)
-            loss, metrics = q_loss(model, target, *batch, terminated, args)
+            loss, metrics = q_loss(model, target_model, *batch, terminated, args)
             d_theta = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
             norm = d_theta.norm().item()
             if not math.isfinite(norm):

@@ -44,7 +44,7 @@ class Args:
     """steps with uniformly random actions before the first update"""
     buffer_size: PositiveInt = 1_000_000
     """transitions that the replay memory R holds, no more than --total-timesteps; then the oldest are overwritten. With
-    --pixels it counts images and holds one more; an episode of n transitions has n + 1"""
+    --pixels it counts images: an episode of n transitions has n + 1"""
     batch_size: PositiveInt = 64
     """N: transitions in a minibatch; each step learns from one minibatch"""
     learning_rate: PositiveFloat = 1e-3
@@ -258,8 +258,8 @@ class DDPG(nn.Module):
         self.batch_norm = args.batch_norm
         self.eval()
 
-    def by_minibatch(self, network: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-        """The network's outputs, normalised by this minibatch: for a network whose own gradient is to be taken."""
+    def in_training_mode(self, network: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        """The network's outputs, with batch normalisation in training mode: where its own gradient is taken."""
         if not self.batch_norm:
             return network(*inputs)
         network.train()
@@ -402,20 +402,20 @@ def critic_loss(model: DDPG, batch: list[torch.Tensor], args: Args) -> tuple[tor
     with torch.no_grad():
         next_values = model.target_critic(next_observations, model.target_actor(next_observations))
         y = td_target(args.reward_scale * rewards, next_values, terminated, args.gamma)
-    values = model.by_minibatch(model.critic, observations, actions)
+    values = model.in_training_mode(model.critic, observations, actions)
     assert values.shape == y.shape, (values.shape, y.shape)
     loss = F.mse_loss(values, y)
     return loss, {"critic_loss": loss.detach(), "q_values": values.detach().mean()}
 
 
 def actor_loss(model: DDPG, observations: torch.Tensor, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """-J, where J is the mean of Q(s_i, mu(s_i)), with a penalty, and metrics by name: -J alone.
+    """-J, where J is the mean of Q(s_i, mu(s_i)), plus a penalty; and metrics by name: -J without it.
 
     By the chain rule, grad J = 1/N sum grad_a Q(s, a) at s = s_i, a = mu(s_i), times grad mu(s_i) (Lillicrap et al.
     2016, equation 6). A policy that is certain of its Discrete actions neither explores nor passes a gradient on, and
     from images tanh soon sticks at -1 or 1. So the mean squared output, times logit_penalty, is to be minimised, too.
     """
-    outputs = model.by_minibatch(model.actor.net, observations)
+    outputs = model.in_training_mode(model.actor.net, observations)
     minus_J = -model.critic(observations, model.actor.choose(outputs)).mean()
     loss = minus_J
     if model.actor.discrete or args.pixels:
@@ -467,7 +467,7 @@ METRICS |= dict.fromkeys(("noise_std", "learning_rate"), "charts")
 
 
 def check_space(args: Args, row_size: int) -> int:
-    """`fail` if the replay memory fits neither into memory nor onto the disk. Returns how many transitions it takes."""
+    """`fail` if the replay memory does not fit into memory or onto the disk. Returns how many transitions it takes."""
     capacity = min(args.buffer_size, args.total_timesteps)
     folder = Path(args.resume or args.log_dir).absolute()
     disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
@@ -525,7 +525,7 @@ def main(args: Args) -> int:
 
     def log_and_save() -> None:
         if latest:
-            run.log_metrics(T, {name: float(np.mean([metrics[name] for metrics in latest])) for name in METRICS})
+            run.log_metrics(T, {name: float(np.mean([float(metrics[name]) for metrics in latest])) for name in METRICS})
             latest.clear()
         buffer.save(run.folder / "replay.npy")
         states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
@@ -535,7 +535,7 @@ def main(args: Args) -> int:
         buffer.create(run.folder / "replay.npy")
         env = make_env(args.env_id, pixels=args.pixels)
         # Initialize a random process N for action exploration
-        theta = args.ou_theta if args.noise == "ou" else 1.0
+        theta = args.ou_theta if args.noise == "ou" else 1.0  # with 1 it is Gaussian noise, new at each step
         noise = OrnsteinUhlenbeckNoise(model.actor.action_size, rng, theta)
         final_std = args.noise_std if args.final_noise_std is None else args.final_noise_std
         # Receive initial observation state s_1
@@ -553,7 +553,7 @@ def main(args: Args) -> int:
             # Execute it, observe r_t and s_{t+1}
             next_observation, reward, terminated, truncated, info = env.step(action)
             next_observation = np.array(next_observation, dtype)
-            # R is of float32. The observation of a reset, too, is seen here first.
+            # R is of float32. `observation` is checked, too: it may come from a reset.
             if not (np.isfinite([observation, next_observation]).all() and abs(reward) < 3e38):
                 seen = f"{observation}, {action} gave {next_observation} and reward {reward}"
                 raise FloatingPointError(f"{seen} at step {T + 1:,}")

@@ -29,7 +29,7 @@ from common.run import Run, seed_everything
 
 SCRIPT = Path(__file__).stem
 CG_ITERATIONS = 10  # of conjugate gradients
-FISHER_FRACTION = 0.25  # of the steps, drawn at random, make up the Fisher matrix, which takes a quarter of the time
+FISHER_FRACTION = 0.25  # share of the steps, drawn at random, that the Fisher matrix is estimated from: it saves time
 LINE_SEARCH_STEPS = 10  # step lengths that are tried, each half of the one before
 
 
@@ -148,10 +148,10 @@ class ActorCritic(nn.Module):
     deviation is a parameter by itself.
 
     The attribute `theta` is one vector of which every parameter of the policy is a view: who writes to it changes the
-    policy. The networks see observations, and the critic returns, normalised by running statistics. When these change,
-    a layer makes up for it, so that, after the first batch, only `update_policy` changes the policy and only
-    `fit_value_function` changes V. That is what PopArt does for returns (van Hasselt et al. 2016, Learning Values
-    across Many Orders of Magnitude).
+    policy. The networks see normalised observations, and the critic's output is a normalised return, which `value`
+    turns into V(s). When the running statistics change, a layer makes up for it, so that, after the first batch, only
+    `update_policy` changes the policy and only `fit_value_function` changes V. That is what PopArt does for returns
+    (van Hasselt et al. 2016, Learning Values across Many Orders of Magnitude).
     """
 
     def __init__(self, observation_size: int, action_space: spaces.Space):
@@ -164,7 +164,7 @@ class ActorCritic(nn.Module):
         self.theta = parameters_to_vector(self.policy_parameters()).detach()
         vector_to_parameters(self.theta, self.policy_parameters())
         # The actor again, as numpy views of the same memory: for a few observations it takes a third of torch's time.
-        self.layers = [(layer.weight.detach().numpy().T, layer.bias.detach().numpy()) for layer in self.actor[::2]]
+        self.numpy_layers = [(each.weight.detach().numpy().T, each.bias.detach().numpy()) for each in self.actor[::2]]
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """The parameters that theta consists of."""
@@ -211,9 +211,9 @@ class ActorCritic(nn.Module):
         Returns actions as `policy` takes them: indices, shape (...), or the Gaussian's draws, shape (..., action_size).
         """
         x = self.normalize(observations)
-        for weight, bias in self.layers[:-1]:
+        for weight, bias in self.numpy_layers[:-1]:
             x = np.tanh(x @ weight + bias)
-        weight, bias = self.layers[-1]
+        weight, bias = self.numpy_layers[-1]
         x = x @ weight + bias
         if self.discrete:  # argmax of the logits plus Gumbel noise (minus the log of an exponential variable): a draw
             return (x if rng is None else x - np.log(rng.standard_exponential(x.shape))).argmax(-1)
@@ -289,11 +289,12 @@ def update_policy(model: ActorCritic, optimizer, inputs, actions, advantages, ar
     Both ascend L(theta), the mean of A pi(a|s; theta) / pi(a|s; theta_old), whose gradient at theta_old is the
     lecture's policy gradient: the mean of A grad log pi(a|s; theta). The trust region solves
 
-        maximise g . x  subject to  1/2 x . F x <= max_kl       =>      x = sqrt(2 max_kl / (y . F y)) y,  y = F^-1 g
+        maximise g . step  subject to  1/2 step . F step <= max_kl
+        =>  step = sqrt(2 max_kl / (y . F y)) y,  y = F^-1 g
 
-    where F is the Fisher matrix with cg_damping added to its diagonal. A line search along x accepts the first point
-    with a better L and a mean KL divergence of at most max_kl (Schulman et al. 2015, Trust Region Policy Optimization,
-    appendix C). If there is none, the policy stays.
+    where F is the Fisher matrix with cg_damping added to its diagonal. A line search along the step accepts the first
+    point with a better L and a mean KL divergence of at most max_kl (Schulman et al. 2015, Trust Region Policy
+    Optimization, appendix C). If there is none, the policy stays.
 
     Args:
         inputs, actions: shapes (n, observation_size), normalised, and (n,) or (n, action_size).
@@ -344,18 +345,18 @@ def update_policy(model: ActorCritic, optimizer, inputs, actions, advantages, ar
     return metrics | {"policy_loss": -new_L.item(), "kl": new_kl.item(), "entropy": old_policy.entropy().mean().item()}
 
 
-def fit_value_function(model: ActorCritic, optimizer, inputs, returns, args: Args, rng) -> float:
-    """Regress V(s) on `returns`, shape (n,), in minibatches. Returns the mean squared error meanwhile.
+def fit_value_function(model: ActorCritic, optimizer, inputs, lambda_returns, args: Args, rng) -> float:
+    """Regress V(s) on `lambda_returns`, shape (n,), in minibatches. Returns the mean squared error meanwhile.
 
     `main` gives it A_t + V(s_t), with lambda. The paper has the discounted rewards, which is lambda = 1, and a trust
     region for V, too (section 5).
     """
     if args.norm_returns:
-        model.update_return_statistics(returns.numpy())
-    targets = (returns - model.returns.mean) / model.returns.std
+        model.update_return_statistics(lambda_returns.numpy())
+    targets = (lambda_returns - model.returns.mean) / model.returns.std
     losses = []
     for _ in range(args.vf_epochs):
-        for indices in np.array_split(rng.permutation(len(returns)), max(1, len(returns) // args.minibatch_size)):
+        for indices in np.array_split(rng.permutation(len(inputs)), max(1, len(inputs) // args.minibatch_size)):
             loss = F.mse_loss(model.critic(inputs[indices]).squeeze(-1), targets[indices])
             optimizer.zero_grad()
             loss.backward()

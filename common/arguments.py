@@ -56,7 +56,7 @@ def load_checkpoint(args, script: str) -> dict | None:
     if folder is None:
         return None
     with failing(f"'{folder}' holds no checkpoint.pt, or a damaged one"):
-        checkpoint = torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+        checkpoint = torch.load(Path(folder) / "checkpoint.pt", weights_only=True, map_location="cpu")
         origin, _ = checkpoint["script"], checkpoint["args"]["env_id"]
     if origin != script:
         fail(f"{folder} is a run of {origin}.py, not of {script}.py")

@@ -171,7 +171,7 @@ class Run:
             FloatingPointError: a tensor is not finite. The old checkpoint stays.
         """
         # By numpy, because workers may be writing: torch compares each number with itself, and would find it changed.
-        if not all(np.isfinite(leaf.numpy()).all() for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)):
+        if not all(np.isfinite(leaf.cpu().numpy()).all() for leaf in tree_leaves(state) if torch.is_tensor(leaf)):
             raise FloatingPointError(f"a parameter is not finite at step {step:,}: no checkpoint is written")
         about = {"script": self.script, "args": vars(self.args), "step": step, "seconds": self.seconds()}
         torch.save(about | state, self.folder / "checkpoint.tmp")

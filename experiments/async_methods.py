@@ -29,6 +29,7 @@ import peers
 import tools
 
 import a3c
+from common.arguments import fail
 
 GAMES = ("Breakout", "Asterix", "Freeway", "Seaquest", "SpaceInvaders")
 A3C = {"t_max": 20, "learning_rate": 6e-3, "gamma": 0.97, "ent_coef": 0.02, "max_grad_norm": 40}
@@ -114,6 +115,8 @@ def main(args: Args) -> int:
         for game, method in product(args.games, args.methods)
         if method in METHODS or game in PEER_GAMES
     }
+    if not contestants:
+        fail(f"the peers play {', '.join(PEER_GAMES)} alone")
     runs = tools.play(contestants, read, args, "async_methods")
     runs["game"] = [game for game, _ in runs["name"]]
     show(tools.succeeded(runs), args)

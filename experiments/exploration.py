@@ -4,10 +4,11 @@
     python experiments/exploration.py
 
 Half an hour on two cores; `--seeds 21 --total-timesteps 20000` is a trial. Every run is async_qlearning.py on
-CartPole-v1 with 8 workers, whose epsilons end at 0.1, 0.01 or 0.5, or all at one of these. The table has the greedy
-return, a mean over 20 episodes after training, and the seconds and steps until the greedy policy first reached 400, by
-its checkpoints. The picture, exploration.png, shows on the left the epsilon of each worker over the steps, from
-the args.json of a run, and on the right the returns of the first worker's training episodes.
+CartPole-v1 with 8 workers, whose epsilons end at 0.1, 0.01 or 0.5, or all at one of these. All checkpoints are kept,
+and after training the greedy policy of each plays 20 episodes: what the workers' own episodes return depends on their
+epsilons. The table has the return of the last checkpoint, the steps until one first reached 475, and the share of those
+after that which did. The picture, exploration.png, shows on the left the epsilon of each worker over the steps,
+from the args.json of a run, and on the right the greedy returns.
 """
 
 import json
@@ -16,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import tools
-from greedy import read_learning
+from greedy import evaluate_copies
 
 import async_qlearning
 
+TARGET, STAYS = 475.0, "share of checkpoints at 475 from then on"
 PAPER = "0.1, 0.01, 0.5 (the paper's)"
 BRANCHES = {PAPER: ""}
 BRANCHES |= {
@@ -47,22 +50,29 @@ def draw_schedule(axes, epsilons: list[float], args: Args) -> None:
 
 def main(args: Args) -> int:
     def read(folder: Path) -> dict:
-        episodes = tools.read_table(folder, "episodes")
-        epsilons = json.dumps(tools.read_args(folder)["epsilons"])
-        curve = tools.curve(episodes[episodes["worker"] == 0], args.total_timesteps, points=50)
-        return read_learning(folder, target=400.0) | {"curve": curve, "epsilons": epsilons}
+        copies = evaluate_copies(sorted(folder.glob("*.pt")), "CartPole-v1")
+        greedy = pd.DataFrame(copies, columns=["time", "step", "return"])
+        reached = greedy["return"] >= TARGET
+        first = greedy[reached.cummax()]
+        return {
+            tools.RETURN: greedy["return"].iloc[-1],
+            tools.STEPS_TO_TARGET: float(first["step"].min()) if len(first) else np.inf,
+            STAYS: float(reached[first.index].mean()) if len(first) else 0.0,
+            "curve": tools.curve(greedy, args.total_timesteps, points=50),
+            "epsilons": json.dumps(tools.read_args(folder)["epsilons"]),
+        }
 
     common = f"--num-workers=8 --total-timesteps={args.total_timesteps} --eval-episodes=0"
     contestants = {name: tools.script("async_qlearning.py", f"{common} {flags}") for name, flags in BRANCHES.items()}
     runs = tools.play(contestants, read, args, "exploration", keep_checkpoints=True)
-    tools.show(runs, tools.RETURN, tools.SECONDS_TO_TARGET, tools.STEPS_TO_TARGET)
+    tools.show(runs, tools.RETURN, tools.STEPS_TO_TARGET, STAYS)
     figure, ((left, right),) = tools.new_figure(1, 2, width=10)
     learned = tools.succeeded(runs)
     for epsilons in learned.loc[learned["name"] == PAPER, "epsilons"].head(1):
         draw_schedule(left, json.loads(epsilons), args)
     for number, (name, group) in enumerate(learned.groupby("name", sort=False)):
         tools.draw_curves(right, group["curve"].tolist(), f"C{number}", name)
-    right.set(xlabel="environment steps", ylabel="return of the first worker", title="CartPole-v1")
+    right.set(xlabel="environment steps", ylabel="greedy return", title="CartPole-v1")
     right.legend(fontsize="small")
     tools.save_figure(figure, args.pictures / "exploration.png")
     return tools.finish(runs)

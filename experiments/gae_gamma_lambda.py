@@ -61,12 +61,12 @@ def main(args: Args) -> int:
 
     common = f"--env-id={args.env_id} --total-timesteps={args.total_timesteps} --eval-episodes=0"
     contestants = {
-        (gamma, lambda_): tools.script("gae.py", f"{common} --gamma={gamma} --gae-lambda={lambda_}")
+        (f"{gamma:g}", f"{lambda_:g}"): tools.script("gae.py", f"{common} --gamma={gamma:g} --gae-lambda={lambda_:g}")
         for gamma, lambda_ in product(args.gammas, args.lambdas)
     }
     all_runs = tools.play(contestants, read, args, "gae_gamma_lambda", args.parallel)
     runs = tools.succeeded(all_runs).copy()
-    runs[["gamma", "lambda"]] = [(f"{gamma:g}", f"{lambda_:g}") for gamma, lambda_ in runs["name"]]
+    runs[["gamma", "lambda"]] = runs["name"].tolist()
     tables = {name: runs.pivot_table(name, "gamma", "lambda", sort=False) for name in (LAST, ALL)}
     title = f"{args.env_id}, {args.total_timesteps:,} steps, mean return of {runs['seed'].nunique()} runs"
     print(f"{title}\n")

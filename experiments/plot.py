@@ -4,7 +4,8 @@
     python experiments/plot.py runs --output curves.png
 
 Each thin line is a run: the returns of its training episodes. The thick one is the mean over the runs of a setting, its
-seeds, with its 95 % bootstrap interval. A setting is a script with whatever of its arguments differs.
+seeds, with its 95 % bootstrap interval. A setting is a script with whatever of its arguments differs. Episodes of all
+workers count; some of async_qlearning.py's go on exploring, so its greedy policy is better than its curve.
 """
 
 import json
@@ -34,7 +35,7 @@ class Args:
     x: Literal["step", "time"] = "step"
     """what to draw over: environment steps, or seconds of training"""
     points: PositiveInt = 100
-    """points of a curve, each the mean return of the episodes that end in its part of the longest run"""
+    """points of a curve, each the mean return of the episodes that end in its part of the setting's longest run"""
     output: Path = Path("curves.png")
     """picture to write: .png, .pdf, .svg"""
 
@@ -48,7 +49,7 @@ def read_runs(folders: tuple[Path, ...]) -> pd.DataFrame:
         args = json.loads((file.parent / "args.json").read_text())
         episodes = tools.read_table(file.parent, "episodes")
         if len(episodes):
-            script = file.parent.name.split("__")[-3]
+            script = [file.parent.name, *file.parent.name.split("__")[1:2]][-1]  # or the folder has another name
             rows.append({"env_id": args["env_id"], "script": script, "args": args, "episodes": episodes})
     if not rows:
         fail(f"no run with an episode in {', '.join(map(str, folders)) or 'no folder'}")
@@ -66,9 +67,8 @@ def main(args: Args) -> int:
     environments = runs["env_id"].unique()
     figure, panels = tools.new_figure(len(environments), 1, height=4 * len(environments))
     for axes, env_id in zip(panels.flat, environments, strict=True):
-        here = runs[runs["env_id"] == env_id]
-        end = max(episodes[args.x].max() for episodes in here["episodes"])
-        for number, (setting, group) in enumerate(here.groupby("setting", sort=False)):
+        for number, (setting, group) in enumerate(runs[runs["env_id"] == env_id].groupby("setting", sort=False)):
+            end = max(episodes[args.x].max() for episodes in group["episodes"])
             label = f"{setting} ({len(group)} run{'s' * (len(group) > 1)})"
             curves = [tools.curve(episodes, end, args.points, args.x) for episodes in group["episodes"]]
             tools.draw_curves(axes, curves, f"C{number}", label, args.x)
@@ -76,6 +76,7 @@ def main(args: Args) -> int:
         axes.set_xlabel({"step": "environment steps", "time": "seconds"}[args.x])
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.legend(fontsize="small")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=150)
     print(f"{len(runs)} runs: {args.output}")
     return 0

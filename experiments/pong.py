@@ -4,9 +4,9 @@
     python experiments/pong.py
 
 One run of about two hours on two cores. Ctrl-C or SIGTERM saves it, and the same command goes on with it. When it has
-ended, experiments/results/pong/ has its curve, its args.json, its evaluation and its checkpoint; give another seed
-another --results folder. The picture, pong.png, is drawn from the curve: the mean score of the last 20 training games,
-exploration included. It can be drawn while the run goes on, too (`--draw-only`).
+ended, experiments/results/pong/ has its curve, its args.json, its evaluation and its checkpoint; give another seed, or
+a trial, --results and --log-dir of its own. The picture, pong.png, is drawn from the curve: the mean score of the last
+20 training games, exploration included. It can be drawn while the run goes on, too (`--draw-only`).
 """
 
 import json
@@ -20,6 +20,8 @@ from pathlib import Path
 import pandas as pd
 import tools
 import torch
+
+from common.arguments import fail
 
 SETTINGS = "--env-id=ale_py:PongNoFrameskip-v4 --num-workers=2 --t-max=20 --learning-rate=2e-4 --rmsprop-eps=1e-5"
 SETTINGS += " --ent-coef=0.01 --max-grad-norm=40 --log-interval=20000"
@@ -78,6 +80,8 @@ def main(args: Args) -> int:
     if is_kept(args):
         draw(pd.read_csv(args.results / "games.csv.gz"), picture)
         return 0
+    if (args.results / "args.json").exists():
+        fail(f"{args.results} has another run: give --results and --log-dir of its own")
     pattern, code = f"*__a3c__{args.seed}__*/checkpoint.pt", 0
     runs = sorted(args.log_dir.glob(pattern))
     if not args.draw_only:

@@ -192,7 +192,11 @@ def play(
             keep_checkpoint(folder)
         return seconds
 
-    jobs = [(contestant, command, seed) for seed in options.seeds for contestant, command in contestants.items()]
+    jobs = [
+        (contestant, command, seed)
+        for seed in dict.fromkeys(options.seeds)
+        for contestant, command in contestants.items()
+    ]
     with ThreadPoolExecutor(max(1, parallel)) as pool:
         try:
             return pd.DataFrame(list(pool.map(run, *zip(*jobs, strict=True))))
@@ -455,7 +459,8 @@ def draw_curves(axes, curves: list[pd.DataFrame], color: str, label: str, x: str
         axes.plot(one[x] / scale, one["return"], color=color, linewidth=0.6, alpha=0.5)
     if not curves:
         return
-    together = pd.concat([one.set_index("part")[[x, "return"]] for one in curves], axis=1).dropna()
+    together = pd.concat([one.set_index("part")[[x, "return"]] for one in curves], axis=1).sort_index()
+    together = together.interpolate("index", limit_area="inside").dropna()  # a part in which no episode of a run ends
     position, returns = together[[x]].mean(axis=1) / scale, together[["return"]].to_numpy().T
     axes.plot(position, returns.mean(axis=0), color=color, linewidth=2, label=label)
     if len(curves) > 1:

@@ -6,7 +6,8 @@
 
 Seconds and steps of training until the greedy policy has a mean return of 400 over 20 episodes on CartPole-v1, with 10
 seeds, or of 5 on Breakout, with 3. Every checkpoint is kept during the training and evaluated after it, in order, until
-one reaches the target; the clock does not count that. An hour on two cores for CartPole-v1, some hours for Breakout;
+one reaches the target; the clock does not count that. It begins with the first step of the first worker, while others
+may still be starting. An hour on two cores for CartPole-v1, some hours for Breakout;
 `--seeds 21 --workers 2 --steps 20000` is a trial.
 
 The speed-up is the ratio of the median seconds of one worker to those of more. Beside it is the paper's, of time to a
@@ -18,6 +19,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from typing import Literal
 
 import pandas as pd
 import tools
@@ -40,8 +42,8 @@ CARTPOLE = {  # the defaults, which are for CartPole-v1
 
 @dataclass
 class Args(tools.Options):
-    env_id: str = "CartPole-v1"
-    """environment: CartPole-v1 or MinAtar/Breakout-v1"""
+    env_id: Literal["CartPole-v1", "MinAtar/Breakout-v1"] = "CartPole-v1"
+    """environment"""
     workers: tuple[int, ...] = (1, 2, 4, 8, 16)
     """numbers of workers; the first is what the others are compared with"""
     steps: int | None = None

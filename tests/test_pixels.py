@@ -89,7 +89,7 @@ def test_batch_normalisation_of_images():
         assert not any(layer.running_mean.any() for layer in layers)
         before = [layer.running_mean.clone() for layer in layers]
         images = torch.randint(256, (4, *SHAPE), dtype=torch.uint8)
-        model.by_minibatch(network, images, *([torch.zeros(4, 2)] if network is model.critic else []))
+        model.in_training_mode(network, images, *([torch.zeros(4, 2)] if network is model.critic else []))
         assert not any(torch.equal(layer.running_mean, mean) for layer, mean in zip(layers, before, strict=True))
         torch.testing.assert_close(layers[0].running_mean, images.div(255).mean((0, 2, 3)) / 10)
 

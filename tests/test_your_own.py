@@ -6,15 +6,18 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+import tyro
 from conftest import ROOT, SHORT, tables
 from gymnasium.spaces import Discrete
 
 import a3c
 import async_qlearning
+import ddpg
 import gae
 
-CHANGES = re.findall(r"```diff\n# (\w+)\.py\n(.*?)```", (ROOT / "docs" / "your_own.md").read_text(), re.DOTALL)
-ORIGINALS = {"a3c": a3c, "async_qlearning": async_qlearning, "gae": gae}
+CHANGES = re.findall(r"```diff\n# (\w+)\.py(.*?)\n(.*?)```", (ROOT / "docs" / "your_own.md").read_text(), re.DOTALL)
+ORIGINALS = {"a3c": a3c, "async_qlearning": async_qlearning, "gae": gae, "ddpg": ddpg}
 NETWORKS = {  # for CartPole-v1
     "a3c": lambda script: script.ActorCritic((4,), Discrete(2)),
     "async_qlearning": lambda script: script.QNetwork((4,), 2),
@@ -33,26 +36,31 @@ def changed(text: str, change: str) -> str:
 
 
 def test_there_are_changes():
-    assert len(CHANGES) == (ROOT / "docs" / "your_own.md").read_text().count("```diff") == 7
+    assert len(CHANGES) == (ROOT / "docs" / "your_own.md").read_text().count("```diff") == 13
 
 
-@pytest.mark.parametrize(("name", "change"), CHANGES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CHANGES)])
-def test_what_is_changed_trains(name, change, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "flags", "change"), CHANGES, ids=[f"{each[0]}-{i}" for i, each in enumerate(CHANGES)])
+def test_what_is_changed_trains(name, flags, change, tmp_path, monkeypatch):
     path = tmp_path / f"my_{name}.py"
-    path.write_text(changed((ROOT / f"{name}.py").read_text(), change))
+    path.write_text(changed((ROOT / f"{name}.py").read_text(), change.replace(".cuda()", ".cpu()")))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     script = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, path.stem, script)
     spec.loader.exec_module(script)
     original, folder = ORIGINALS[name], tmp_path / "runs"
     options = {"total_timesteps": 200, "log_interval": 10, "eval_episodes": 1, "log_dir": str(folder)}
-    assert script.main(script.Args(**options | SHORT[original])) == 0
-    episodes, metrics = tables(next(folder.glob("CartPole-v1__my_*")))
+    args = tyro.cli(script.Args, args=flags.split(), default=script.Args(**options | SHORT[original]))
+    assert script.main(args) == 0
+    run = next(folder.glob("*__my_*"))
+    episodes, metrics = tables(run)
     assert len(episodes) > 0
     assert len(metrics) > 0
     if "segment_length" in change:
         assert metrics["segment_length"].between(1, 5).all()
-    if "torch.no_grad" in change:  # the network acts as numpy did
+    if "best" in change:
+        best = torch.load(run / "best" / "checkpoint.pt", weights_only=True)
+        assert best["step"] > 0
+    if name in NETWORKS and "torch.no_grad" in change:  # the network acts as numpy did
         observations = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
         actions = []
         for module in (original, script):
