@@ -14,7 +14,8 @@ machine. On two cores they take:
   mean of 475 over 50 training episodes, seconds.
 - `sweep`, 10 minutes: seconds for 20 runs, beside the same by `xargs -P 2`. Both include everything from the start of
   the command on; that of Ray takes some seconds.
-- `staleness`, two hours, or with `--env-id MinAtar/Breakout-v1` many: greedy returns with --lag. A gradient is then of
+- `staleness`, two hours, or with `--env-id MinAtar/Breakout-v1` many: greedy returns with --lag, and steps to a mean of
+  475 over 50 training episodes, of 5 on Breakout. A gradient is then of
   a theta that has been updated workers (lag + 1) - 1 times since, as soon as all workers have begun: the table says
   when.
 """
@@ -54,6 +55,8 @@ class Args(tools.Options):
     """run this part alone"""
     env_id: str = "CartPole-v1"
     """environment of the part `staleness`"""
+    workers: tuple[int, ...] = (2, 4, 8, 16)
+    """numbers of workers in the part `staleness`"""
     scale: float = 1.0
     """factor of the steps of all runs; less than 1 is a trial"""
 
@@ -180,25 +183,24 @@ def compare_sweep(args: Args) -> pd.DataFrame:
 
 
 def compare_staleness(args: Args) -> pd.DataFrame:
-    flags = (
-        breakout_flags(1_000_000 * args.scale)
-        if args.env_id == BREAKOUT
-        else f"--total-timesteps={500_000 * args.scale:.0f}"
-    )
+    flags, target = f"--total-timesteps={500_000 * args.scale:.0f}", 475.0
+    if args.env_id == BREAKOUT:
+        flags, target = breakout_flags(1_000_000 * args.scale), 5.0
     contestants = {}
-    for workers in (2, 4, 8, 16):
+    for workers in args.workers:
         for lag in (0, 1, 4):
             options = f"--num-workers={workers} --cpus-per-worker={2 / workers} --lag={lag} {flags}"
             contestants[workers, lag] = tools.script("experiments/cluster_a3c.py", options)
 
     def read(folder: Path) -> dict[str, float]:
         first = tools.read_table(folder, "episodes").groupby("worker")["step"].min()
-        return tools.read_return(folder) | {ALL_AT_WORK: float(first.max()), AT_WORK: float(len(first))}
+        begun = {ALL_AT_WORK: float(first.max()), AT_WORK: float(len(first))}
+        return tools.read_return(folder) | tools.read_time_to_target(folder, target) | begun
 
     runs = tools.play(contestants, read, args, "cluster")
     table = tools.spread(runs, tools.RETURN)[["median", "min", "max"]]
     table.insert(0, "updates in between", [workers * (lag + 1) - 1 for workers, lag in table.index])
-    for measure in (AT_WORK, ALL_AT_WORK):
+    for measure in (tools.STEPS_TO_TARGET, AT_WORK, ALL_AT_WORK):
         table[measure] = tools.spread(runs, measure)["median"]
     tools.print_table(f"{args.env_id}, {tools.RETURN}: workers, lag", table)
     return runs

@@ -10,8 +10,8 @@ hour; without `--only` all parts run, one after the other. `--seeds 21 --steps 6
 "pendulum", "halfcheetah": mean return of the greedy policy over 20 episodes after 10,000 steps of Pendulum-v1 and
 after 100,000 of HalfCheetah-v5; all contestants are evaluated by the same function and from the same initial states.
 The peers take their settings out of the flags that ddpg.py is called with. ddpg.py gets their networks: the action
-enters its critic at the first layer, and first weights are as torch makes them (SBX's are flax's). On Pendulum-v1 it runs as it
-is, too.
+enters its critic at the first layer, and first weights are as torch makes them (SBX's are flax's). On Pendulum-v1
+ddpg.py runs as it is, too.
 
 "speed": environment steps per second on HalfCheetah-v5 while there is an update at each of them, with minibatches of
 256 and of 64. The first 2,000 steps do not count: 1,000 are random, and during the next 1,000 everyone warms up (SBX
