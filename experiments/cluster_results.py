@@ -15,9 +15,8 @@ machine. On two cores they take:
 - `sweep`, 10 minutes: seconds for 20 runs, beside the same by `xargs -P 2`. Both include everything from the start of
   the command on; that of Ray takes some seconds.
 - `staleness`, two hours, or with `--env-id MinAtar/Breakout-v1` many: greedy returns with --lag, and steps to a mean of
-  475 over 50 training episodes, of 5 on Breakout. A gradient is then of
-  a theta that has been updated workers (lag + 1) - 1 times since, as soon as all workers have begun: the table says
-  when.
+  475 over 50 training episodes, of 5 on Breakout. A gradient is then of a theta that has been updated
+  workers (lag + 1) - 1 times since, as soon as all workers have begun: the table says when.
 """
 
 import contextlib

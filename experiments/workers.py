@@ -7,8 +7,8 @@
 Seconds and steps of training until the greedy policy has a mean return of 400 over 20 episodes on CartPole-v1, with 10
 seeds, or of 5 on Breakout, with 3. Every checkpoint is kept during the training and evaluated after it, in order, until
 one reaches the target; the clock does not count that. It begins with the first step of the first worker, while others
-may still be starting. An hour on two cores for CartPole-v1, some hours for Breakout;
-`--seeds 21 --workers 2 --steps 20000` is a trial.
+may still be starting. An hour on two cores for CartPole-v1, some hours for Breakout; `--seeds 21 --workers 2 --steps
+20000` is a trial.
 
 The speed-up is the ratio of the median seconds of one worker to those of more. Beside it is the paper's, of time to a
 reference score averaged over seven Atari games (Mnih et al. 2016, table 2).
