@@ -49,7 +49,8 @@ def read_runs(folders: tuple[Path, ...]) -> pd.DataFrame:
         args = json.loads((file.parent / "args.json").read_text())
         episodes = tools.read_table(file.parent, "episodes")
         if len(episodes):
-            script = [file.parent.name, *file.parent.name.split("__")[1:2]][-1]  # or the folder has another name
+            parts = file.parent.name.split("__")
+            script = parts[-3] if len(parts) > 3 else file.parent.name  # the folder has been given another name
             rows.append({"env_id": args["env_id"], "script": script, "args": args, "episodes": episodes})
     if not rows:
         fail(f"no run with an episode in {', '.join(map(str, folders)) or 'no folder'}")
