@@ -3,7 +3,7 @@
     pip install -r experiments/requirements.txt
     python experiments/exploration.py
 
-Half an hour on two cores; `--seeds 21 --total-timesteps 20000` is a trial. Every run is async_qlearning.py on
+About an hour on two cores; `--seeds 21 --total-timesteps 20000` is a trial. Every run is async_qlearning.py on
 CartPole-v1 with 8 workers, whose epsilons end at 0.1, 0.01 or 0.5, or all at one of these. All checkpoints are kept,
 and after training the greedy policy of each plays 20 episodes: what the workers' own episodes return depends on their
 epsilons. The table has the return of the last checkpoint, the steps until one first reached 475, and the share that did

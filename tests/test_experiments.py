@@ -120,3 +120,29 @@ def test_intervals_are_of_the_mean_over_the_runs():
     bounds = tools.bootstrap(points, resamples=1000)
     np.testing.assert_allclose(bounds.low, [0.4, 11.6, 0], atol=0.15)
     np.testing.assert_allclose(bounds.high, [0.6, 12.4, 0], atol=0.15)
+
+
+def test_a_seed_that_is_given_twice_runs_once(tmp_path):
+    options = tools.Options(seeds=(2, 1, 2), results=tmp_path / "results", log_dir=tmp_path / "runs")
+    assert tools.play({"x": command(1)}, read, options, "test")["seed"].tolist() == [2, 1]
+
+
+def test_another_run_of_pong_does_not_replace_the_one_that_is_kept(tmp_path, capsys):
+    (tmp_path / "args.json").write_text('{"seed": 1, "total_timesteps": 100}')
+    with pytest.raises(SystemExit) as end:
+        pong.main(pong.Args(steps=200, results=tmp_path, log_dir=tmp_path / "runs"))
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path} has another run: give --results and --log-dir of its own\n"
+
+
+def test_a_ray_of_its_own_lets_calls_carry_parameters(monkeypatch):
+    """A Ray that runs already has its own limit."""
+    ray, name = pytest.importorskip("ray"), "RAY_max_direct_call_object_size"
+    limits = []
+    monkeypatch.setattr(ray, "init", lambda address, **options: limits.append(tools.os.environ.get(name)))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv(name, "")  # so that the test's end takes back what is set now
+    monkeypatch.delenv(name)
+    for address in ("auto", None):
+        tools.start_ray(address)
+    assert limits == [None, "1000000"]
