@@ -47,7 +47,7 @@ LAST, TENTH = "last 100 training episodes", "last tenth of training"
 
 
 @dataclass
-class Args(tools.Options):
+class Args(tools.DrawingOptions):
     seeds: tuple[int, ...] = (1, 2, 3)
     """one run of each for every seed"""
     games: tuple[Literal[*GAMES], ...] = GAMES

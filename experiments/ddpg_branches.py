@@ -50,7 +50,7 @@ PANELS = {
 
 
 @dataclass
-class Args(tools.Options):
+class Args(tools.DrawingOptions, tools.ParallelOptions):
     panels: tuple[Literal[*PANELS], ...] = tuple(PANELS)
     """which of them to run and to draw"""
     total_timesteps: int | None = None

@@ -50,7 +50,7 @@ RANDOM_STEPS = 1_000  # of "speed": an episode, and another one follows before t
 
 
 @dataclass
-class Args(tools.Options):
+class Args(tools.ParallelOptions):
     only: Literal["pendulum", "speed", "halfcheetah"] | None = None
     """run this part alone"""
     steps: int | None = None

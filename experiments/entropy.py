@@ -20,7 +20,7 @@ BETAS = (0.0, 0.001, 0.01, 0.1)
 
 
 @dataclass
-class Args(tools.Options):
+class Args(tools.DrawingOptions):
     env_id: str = "CartPole-v1"
     """environment"""
     total_timesteps: int = 200_000

@@ -32,7 +32,7 @@ BRANCHES |= {
 
 
 @dataclass
-class Args(tools.Options):
+class Args(tools.DrawingOptions):
     total_timesteps: int = 500_000
     """steps of each run"""
 

@@ -26,7 +26,7 @@ LAST, ALL = "episodes that end in the last fifth of the steps", "all episodes"
 
 
 @dataclass
-class Args(tools.Options):
+class Args(tools.DrawingOptions, tools.ParallelOptions):
     env_id: str = "CartPole-v1"
     """environment"""
     total_timesteps: int = 40_000

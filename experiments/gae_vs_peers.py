@@ -56,7 +56,7 @@ PEERS |= {TUNED: {"algorithm": "TRPO"}}
 
 
 @dataclass
-class Args(tools.Options):
+class Args(tools.ParallelOptions):
     only: Literal["cartpole", "mujoco"] | None = None
     """run this part alone"""
     speed_steps: int = 100_000

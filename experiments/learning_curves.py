@@ -3,7 +3,7 @@
     pip install -r experiments/requirements.txt
     python experiments/learning_curves.py --parallel 2
 
-About 20 minutes on two cores; `--seeds 21` is a trial of two. The table has the mean return over 20 greedy episodes
+About 25 minutes on two cores; `--seeds 21` is a trial of two. The table has the mean return over 20 greedy episodes
 after training, and how many runs reach 475 on CartPole-v1 or -200 on Pendulum-v1. The picture,
 learning_curves.png, shows the return of training episodes, exploration included, over the environment steps of all
 workers: a thin line for each seed, and their mean thick with its interval.
@@ -14,6 +14,7 @@ Workers are processes, so runs of a3c.py and async_qlearning.py go one after the
 
 import importlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -27,7 +28,12 @@ PANELS = {  # environment, goal, and runs with their flags, by script
 }
 
 
-def main(args: tools.Options) -> int:
+@dataclass
+class Args(tools.DrawingOptions, tools.ParallelOptions):
+    pass
+
+
+def main(args: Args) -> int:
     figure, panels = tools.new_figure(2, 2, height=6)
     parts, tables = [], []
     for axes, (script, (env_id, goal, runs)) in zip(panels.flat, PANELS.items(), strict=True):
@@ -42,6 +48,7 @@ def main(args: tools.Options) -> int:
         axes.axhline(goal, color="grey", linewidth=0.8, linestyle=":")
         axes.set(title=f"{script}, {env_id}", xlabel="environment steps", ylabel="training return")
         axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.locator_params("x", nbins=5)
         learned = parts[-1][parts[-1]["failed"] == ""]
         if learned.empty:
             continue
@@ -59,4 +66,4 @@ def main(args: tools.Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tools.parse_args(tools.Options)))
+    sys.exit(main(tools.parse_args(Args)))

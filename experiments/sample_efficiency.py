@@ -28,7 +28,7 @@ TARGETS = (-300, -200)  # mean returns of 20 training episodes
 
 
 @dataclass
-class Args(tools.Options):
+class Args(tools.DrawingOptions):
     ddpg_steps: int = 10_000
     """steps of each run of ddpg.py"""
     a3c_steps: int = 1_500_000

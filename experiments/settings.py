@@ -36,7 +36,7 @@ SETTINGS = {
 
 
 @dataclass
-class Args(tools.Options):
+class Args(tools.ParallelOptions):
     only: Literal[*SETTINGS] | None = None
     """this script alone"""
     total_timesteps: int | None = None

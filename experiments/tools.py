@@ -76,16 +76,28 @@ class Options:
 
     seeds: tuple[int, ...] = tuple(range(1, 11))
     """one run of each for every seed"""
-    parallel: int = 1
-    """runs that go at once, where no time is measured"""
     draw_only: bool = False
     """run nothing, show what is kept"""
     results: Path = RESULTS
     """where what each run has reached is kept; a run that is kept there is not run again"""
-    pictures: Path = Path("runs/experiments")
-    """where pictures go"""
     log_dir: Path = Path("runs/experiments")
     """where run folders go"""
+
+
+@dataclass
+class DrawingOptions(Options):
+    """Arguments of an experiment that draws."""
+
+    pictures: Path = Path("runs/experiments")
+    """where pictures go"""
+
+
+@dataclass
+class ParallelOptions(Options):
+    """Arguments of an experiment with runs that can go at once: they have one worker, and no time is measured."""
+
+    parallel: int = 1
+    """runs of these that go at once"""
 
 
 class Command(NamedTuple):
@@ -415,8 +427,13 @@ def show_ratios(runs: pd.DataFrame, measure: str, above: list[str], below: list[
 
 
 def where() -> str:
-    """Versions and cores."""
-    versions = [f"Python {sys.version.split()[0]}"]
+    """The commit, versions and cores."""
+    versions = []
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or a copy without its history
+        git = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.check_output(git, cwd=ROOT, stderr=subprocess.DEVNULL, text=True)
+        versions.append(f"commit {commit.strip()}")
+    versions += [f"Python {sys.version.split()[0]}"]
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions.append(f"{package} {version(package)}")
