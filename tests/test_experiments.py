@@ -74,6 +74,7 @@ def test_each_run_has_its_seed_and_folder(tmp_path, monkeypatch):
             super().__init__([sys.executable, "-c", ""], **options)
 
     monkeypatch.setattr(subprocess, "Popen", Ended)
+    monkeypatch.setattr(tools, "where", str)  # which calls git
     options = tools.Options(seeds=(3, 5), results=tmp_path / "results", log_dir=tmp_path / "runs")
     runs = tools.play({"x": tools.script("a3c.py", "--gamma=0.9")}, lambda folder: {}, options, "test")
     assert runs["seed"].tolist() == [3, 5]
