@@ -5,8 +5,8 @@
 
 Some hours on two cores in all; `--only async_qlearning.py --seeds 21 --total-timesteps 5000` is a trial. Each return is
 the mean over 20 greedy episodes after training. MuJoCo's tasks take the first 5 seeds. The settings were chosen on
-other seeds. learning_curves.py measures the defaults, and a3c.py with 16 workers; sample_efficiency.py
-measures a3c.py on Pendulum-v1.
+other seeds. learning_curves.py measures the defaults, and a3c.py with 16 workers; sample_efficiency.py measures a3c.py
+on Pendulum-v1.
 """
 
 import sys
