@@ -1,6 +1,7 @@
 """What experiments keep of their runs."""
 
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -147,3 +148,12 @@ def test_a_ray_of_its_own_lets_calls_carry_parameters(monkeypatch):
     for address in ("auto", None):
         tools.start_ray(address)
     assert limits == [None, "1000000"]
+
+
+@pytest.mark.parametrize(("option", "base"), [("parallel", "ParallelOptions"), ("pictures", "DrawingOptions")])
+def test_no_experiment_offers_an_option_that_it_does_not_use(option, base):
+    texts = [path.read_text() for path in Path(tools.__file__).parent.glob("*.py")]
+    bases = [(re.search(r"class Args\((.*tools\..*)\):", text), text) for text in texts]
+    uses = [(base in match[1], f"args.{option}" in text) for match, text in bases if match]
+    assert any(used for _, used in uses)
+    assert all(offered == used for offered, used in uses)
