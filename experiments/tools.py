@@ -94,10 +94,10 @@ class DrawingOptions(Options):
 
 @dataclass
 class ParallelOptions(Options):
-    """Arguments of an experiment with runs that can go at once: they have one worker, and no time is measured."""
+    """Arguments of an experiment with runs that can go at once: each is one process, and no time is measured."""
 
     parallel: int = 1
-    """runs of these that go at once"""
+    """runs that go at once, of those without workers whose time is not measured"""
 
 
 class Command(NamedTuple):
@@ -168,8 +168,8 @@ def play(
         try:
             shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run has left
             folder.mkdir(parents=True)
-            reached = {"where": where(), "wall_seconds": wait_for(arguments, command.directory, folder)}
-            reached |= read(folder)
+            reached = {"where": where(command.directory)}
+            reached |= {"wall_seconds": wait_for(arguments, command.directory, folder)} | read(folder)
             words = ", ".join(f"{key} {cell(value)}" for key, value in reached.items() if isinstance(value, float))
             row |= reached
             with lock:
@@ -426,12 +426,12 @@ def show_ratios(runs: pd.DataFrame, measure: str, above: list[str], below: list[
     print_table(f"{of} {measure}, ratio".strip(), ratios(runs, measure, above, below))
 
 
-def where() -> str:
-    """The commit, versions and cores."""
+def where(directory: Path) -> str:
+    """The commit that `directory` has checked out (changes since then do not show), versions and cores."""
     versions = []
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or a copy without its history
         git = ["git", "rev-parse", "--short", "HEAD"]
-        commit = subprocess.check_output(git, cwd=ROOT, stderr=subprocess.DEVNULL, text=True)
+        commit = subprocess.check_output(git, cwd=directory, stderr=subprocess.DEVNULL, text=True)
         versions.append(f"commit {commit.strip()}")
     versions += [f"Python {sys.version.split()[0]}"]
     for package in PACKAGES:
