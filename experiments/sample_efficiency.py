@@ -20,8 +20,10 @@ from pathlib import Path
 
 import tools
 
-A3C = "--num-workers 8 --t-max 16 --learning-rate 1e-2 --gamma 0.95 --ent-coef 0.03 --vf-coef 5 --rmsprop-eps 1000"
-FLAGS = {"ddpg.py": "", "a3c.py": A3C}
+FLAGS = {
+    "ddpg.py": "",
+    "a3c.py": "--num-workers 8 --t-max 16 --learning-rate 1e-3 --gamma 0.9 --ent-coef 0.1",
+}
 TARGETS = (-300, -200)  # mean returns of 20 training episodes
 
 
