@@ -156,3 +156,12 @@ def test_no_experiment_offers_an_option_that_it_does_not_use(option, base):
     bases = {name: re.search(r"class Args\((.*tools\..*)\):", text) for name, text in texts.items()}
     offered = {name for name, match in bases.items() if match and base in match[1]}
     assert offered == {name for name, match in bases.items() if match and f"args.{option}" in texts[name]} != set()
+
+
+def test_the_commit_is_that_of_the_directory(tmp_path):
+    repository = ["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x"]
+    assert tools.where(tmp_path).startswith("Python")  # no repository
+    subprocess.run([*repository, "init", "-q"], check=True)
+    subprocess.run([*repository, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    commit = subprocess.check_output([*repository, "rev-parse", "--short", "HEAD"], text=True).strip()
+    assert tools.where(tmp_path).startswith(f"commit {commit}, Python")
