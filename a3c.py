@@ -508,16 +508,17 @@ def main(args: Args) -> int:
         if with_checkpoint:
             run.save(T, model=model.state_dict(), g=shared.g)
 
-    next_log = (T // args.log_interval + 1) * args.log_interval
     alive = [True]
     with run:  # an error inside is printed, and the run goes on after the block, where it is saved
         with signals_blocked():  # workers inherit that: Ctrl-C and SIGTERM reach the main process alone
             for each in workers:
                 each.start()
+        run.start()
         while any(alive):
+            next_log = (T // args.log_interval + 1) * args.log_interval
             alive = [each.is_alive() for each in workers]  # first: a worker that ends later is seen next time
             time.sleep(0.05)  # rather than wake up for every single episode
-            if shared.T == run.first_step:  # the clock starts with the first step
+            if shared.T == run.first_step:  # the clock starts again until there is a first step
                 run.start()
             # A worker that has ended without being done has raised (see the terminal), has exited or was killed.
             failed = [index for index, is_alive in enumerate(alive) if not is_alive and not shared.done[index]]
@@ -531,7 +532,6 @@ def main(args: Args) -> int:
                 run.fail("a worker makes no progress and does not end")
                 alive = []
             write(with_checkpoint=next_log <= T <= args.total_timesteps)
-            next_log = (T // args.log_interval + 1) * args.log_interval
             run.progress(T)
     shared.stop.value = True
     for each in set(workers) & set(multiprocessing.active_children()):  # processes that still live

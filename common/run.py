@@ -132,7 +132,7 @@ class Run:
 
         `episode` is what the wrapper `RecordEpisodeStatistics` puts into `info` at the end of an episode.
         """
-        # An episode that ends with the very first step may be logged before `start`: it counts as ending then.
+        # An episode that has ended before `start` counts as ending then.
         seconds, score = max(self.first_seconds, (now or time.monotonic()) - self.zero), float(episode["r"])
         self.episodes.write({"step": step, "time": seconds, "worker": worker, "return": score, "length": episode["l"]})
         self.recent = [*self.recent[-49:], (score, episode["l"])]

@@ -57,6 +57,24 @@ def test_time_begins_with_the_first_step(train, monkeypatch, script):
     assert train(script, total_timesteps=10)[0] == 0
 
 
+@each_script(*WITH_WORKERS)
+def test_time_begins_when_all_workers_have_been_started(train, monkeypatch, script):
+    """Also if one has stepped before that."""
+    events, start, start_thread = [], script.Run.start, threading.Thread.start
+
+    def start_worker(thread):
+        shared = thread._args[2] if "(worker)" in thread.name else None
+        start_thread(thread)
+        if shared is not None:
+            wait_until(lambda: shared.T > 0)
+            events.append("worker")
+
+    monkeypatch.setattr(threading.Thread, "start", start_worker)
+    monkeypatch.setattr(script.Run, "start", lambda run: events.append("clock") or start(run))
+    assert train(script, num_workers=2, backend="thread", total_timesteps=10_000)[0] == 0
+    assert events == ["clock", "worker", "worker", "clock"]
+
+
 @each_script(gae, ddpg)
 def test_time_begins_when_the_environments_are_made(train, monkeypatch, script):
     events, make_env, start = [], script.make_env, script.Run.start
