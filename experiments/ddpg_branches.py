@@ -10,7 +10,7 @@ panel is the noise: Gaussian, Ornstein-Uhlenbeck, and none. Within an environmen
 from pixels it needs settings of its own. Two hours on two cores, and for each run from pixels 40 minutes (`--panels`
 leaves some out). `--seeds 21 --total-timesteps 1500` is a trial.
 
-The table has the greedy return, a mean over 20 episodes after training, and the return of training, the mean of the
+The tables have the greedy return, a mean over 20 episodes after training, and the return of training, the mean of the
 episodes that end in the last fifth of the steps: mean over the seeds with its 95 % bootstrap interval, and all of them.
 The picture, ddpg_branches.png, shows the returns of training episodes.
 """
@@ -75,17 +75,14 @@ def main(args: Args) -> int:
         }
         options = replace(args, seeds=args.seeds[: panel.seeds])
         runs = tools.play(contestants, read, options, "ddpg_branches", args.parallel)
-        rows = {}
+        tools.show(runs, tools.RETURN, TRAINING_RETURN, of=f"{steps:,} steps:")
         for branch in panel.branches:
             group = runs[(runs["name"] == f"{title}, {branch}") & (runs["failed"] == "")]
-            if group.empty:
-                continue
-            tools.draw_curves(axes, group["curve"].tolist(), COLORS[branch], branch)
-            rows[branch] = {kind: tools.with_interval(group[kind].tolist()) for kind in (tools.RETURN, TRAINING_RETURN)}
+            if len(group):
+                tools.draw_curves(axes, group["curve"].tolist(), COLORS[branch], branch)
         axes.set(xlabel="steps", ylabel="training return", title=title)
-        if rows:
+        if axes.lines:
             axes.legend(fontsize="small", framealpha=0.5)
-            tools.print_table(f"{title}, {steps:,} steps", pd.DataFrame(rows).T)
         parts.append(runs)
     tools.succeeded(pd.concat(parts))
     tools.save_figure(figure, args.pictures / "ddpg_branches.png")

@@ -7,8 +7,8 @@ About 25 minutes on two cores. It is figure 2, on the right, of Schulman et al. 
 cart-pole task after 20 iterations and has its best results where both are intermediate. Here a run is `gae.py` with
 its defaults but gamma and lambda, on CartPole-v1, for 40,000 steps, which are 20 batches. It has two results: the mean
 return of the training episodes that end in the last fifth of the steps, how good it has become, and of all its
-episodes, how soon. The tables and the heat maps, gae_gamma_lambda.png, have the means over the seeds; the last
-table has the best fields with their intervals.
+episodes, how soon. For each there is a table and a heat map, gae_gamma_lambda.png, with the means over the seeds, and
+a table with the interval and the runs of every field.
 """
 
 import sys
@@ -73,8 +73,8 @@ def main(args: Args) -> int:
     for name, table in tables.items():
         print(f"{name}:\n")
         tools.print_table("gamma \\ lambda", table)
-    best = tools.spread(runs, ALL).nlargest(8, "mean")
-    tools.print_table(f"gamma and lambda, {ALL}", best)
+    for name in (LAST, ALL):
+        tools.print_table(f"gamma, lambda: {name}", tools.spread(runs, name).sort_values("mean", ascending=False))
     draw(tables, title, args)
     return tools.finish(all_runs)
 

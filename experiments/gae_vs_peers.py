@@ -17,16 +17,15 @@ mean return of 475. PPO has the 100,000 steps that its settings are for.
 
 "mujoco": mean return of the greedy policy over 20 episodes after training on Hopper-v5 and HalfCheetah-v5, all
 evaluated by the same function and from the same initial states. SB3 runs with its defaults (one environment, with its
-observations and rewards as they are) and with its zoo's settings for these tasks.
+observations and rewards as they are) and with its zoo's settings for these tasks, which are for a million steps.
 
 gae.py fits its value function as SB3's TRPO does, in 10 epochs of minibatches of 128 with a learning rate of 0.001, and
 has a bound on the KL divergence of 0.01 for each dimension of the actions, which is TRPO's, too: SB3 takes the mean
 over the dimensions where the divergence is their sum.
 
 Every run has a process of its own, and the contestants take turns. Runs on CartPole-v1 come one after the other; SB3
-has one torch thread. With the first seed, PPO and TRPO with its defaults have torch's default number too, and the
-faster goes on. For MuJoCo, where no time is measured, all have one thread and `--parallel` runs go at once. Ratios are
-of runs with the same seed.
+has one torch thread and, with the first seed, torch's default number too, of which the faster goes on. For MuJoCo,
+where no time is measured, all have one thread and `--parallel` runs go at once. Ratios are of runs with the same seed.
 """
 
 import sys
@@ -45,14 +44,15 @@ MUJOCO_FLAGS = "--vf-epochs 10 --minibatch-size 128 --learning-rate 1e-3"  # of 
 MUJOCO = {"Hopper-v5": f"{MUJOCO_FLAGS} --max-kl 0.03", "HalfCheetah-v5": f"{MUJOCO_FLAGS} --max-kl 0.06"}
 TARGET = 475.0  # mean return over the last 50 training episodes that counts as learned
 PPO_STEPS = 100_000  # of its zoo's settings for CartPole-v1
-OURS, TUNED = "gae.py", "SB3 TRPO, zoo"
+OURS = "gae.py"
 TRPOS = {"SB3 TRPO": 1, "SB3 TRPO, default threads": 0}  # torch's threads, 0: its default
+TUNED_TRPOS = {"SB3 TRPO, zoo": 1, "SB3 TRPO, zoo, default threads": 0}
 PPOS = {"SB3 PPO": 1, "SB3 PPO, default threads": 0}
 PEERS = {
     name: {"algorithm": "TRPO", "zoo": False, "num_envs": 8, "threads": threads} for name, threads in TRPOS.items()
 }
+PEERS |= {name: {"algorithm": "TRPO", "threads": threads} for name, threads in TUNED_TRPOS.items()}
 PEERS |= {name: {"algorithm": "PPO", "threads": threads} for name, threads in PPOS.items()}
-PEERS |= {TUNED: {"algorithm": "TRPO"}}
 
 
 @dataclass
@@ -82,19 +82,19 @@ def compare_on_cartpole(args: Args) -> list[pd.DataFrame]:
     peer = partial(tools.call, peers.train_sb3, env_id="CartPole-v1")
     contestants = {OURS: ours(args.speed_steps)}
     contestants |= {name: peer(steps=args.speed_steps, **own) for name, own in PEERS.items()}
-    rivals = [list(TRPOS), list(PPOS)]
-    speed, (trpo, ppo) = tools.play_with_rivals(contestants, read_whole_speed, args, "gae_speed", rivals)
+    rivals = [list(TRPOS), list(TUNED_TRPOS), list(PPOS)]
+    speed, (trpo, tuned, ppo) = tools.play_with_rivals(contestants, read_whole_speed, args, "gae_speed", rivals)
     tools.show(speed, tools.SPEED)
-    tools.show_ratios(speed, tools.SPEED, [OURS], [trpo, TUNED, ppo])
+    tools.show_ratios(speed, tools.SPEED, [OURS], [trpo, tuned, ppo])
 
     contestants = {OURS: ours(min(args.budget, gae.Args.total_timesteps))}
-    for name, budget in {trpo: args.budget, TUNED: args.budget, ppo: min(args.budget, PPO_STEPS)}.items():
+    for name, budget in {trpo: args.budget, tuned: args.budget, ppo: min(args.budget, PPO_STEPS)}.items():
         contestants[name] = peer(steps=budget, stop_at=TARGET, **PEERS[name])
     read = partial(tools.read_time_to_target, target=TARGET)
     learning = tools.play(contestants, read, args, "gae_learning")
     for measure in (tools.SECONDS_TO_TARGET, tools.STEPS_TO_TARGET):
         tools.show(learning, measure)
-        tools.show_ratios(learning, measure, [trpo, TUNED, ppo], [OURS])
+        tools.show_ratios(learning, measure, [trpo, tuned, ppo], [OURS])
     return [speed, learning]
 
 

@@ -350,13 +350,14 @@ def last_fifth(episodes: pd.DataFrame, steps: int) -> float:
 
 
 def spread(runs: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """A column of runs for each contestant: number of runs, median, lowest, highest, mean with its interval.
+    """A column of runs for each contestant: number of runs, median, lowest, highest, mean with its interval, and each.
 
     The table is empty if no run has this column.
     """
     groups = runs.reindex(columns=["name", measure]).dropna().groupby("name", sort=False)[measure]
     table = groups.agg(["size", "median", "min", "max", "mean"]).rename(columns={"size": "runs"})
-    return table.join(pd.DataFrame([interval(values.tolist()) for _, values in groups], table.index, INTERVAL))
+    table = table.join(pd.DataFrame([interval(values.tolist()) for _, values in groups], table.index, INTERVAL))
+    return table.assign(**{"each run": [", ".join(map(cell, values)) for _, values in groups]})
 
 
 def bootstrap(values: np.ndarray, resamples: int = 9999):

@@ -7,14 +7,15 @@
 Seconds and steps of training until the greedy policy has a mean return of 400 over 20 episodes on CartPole-v1, with 10
 seeds, or of 5 on Breakout, with 3. Every checkpoint is kept during the training and evaluated after it, in order, until
 one reaches the target; the clock does not count that. It begins with the first step of the first worker, while others
-may still be starting. An hour on two cores for CartPole-v1, some hours for Breakout; `--seeds 21 --workers 2 --steps
+may still be starting. Some hours on two cores, for CartPole-v1 and for Breakout; `--seeds 21 --workers 2 --steps
 20000` is a trial.
 
-The speed-up is the ratio of the median seconds of one worker to those of more. Beside it is the paper's, of time to a
-reference score averaged over seven Atari games (Mnih et al. 2016, table 2).
+The speed-up is the ratio of one worker's seconds to those of more, run by run. Beside it is the paper's, of time to a
+reference score averaged over seven Atari games (Mnih et al. 2016, table 2). With one-step Q and SARSA, more workers
+have other epsilons, too: one ends at 0.1, two at 0.01 and 0.5, four at 0.01, 0.1, 0.1 and 0.5. The picture,
+workers_CartPole-v1.png, shows the seconds of every run.
 """
 
-import math
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -26,11 +27,11 @@ import tools
 from async_methods import METHODS
 from greedy import read_learning
 
-PAPER = {  # speed-up with 1, 2, 4, 8 and 16 workers
-    "A3C": (1.0, 2.1, 3.7, 6.9, 12.5),
-    "one-step Q": (1.0, 3.0, 6.3, 13.3, 24.1),
-    "one-step SARSA": (1.0, 2.8, 5.9, 13.1, 22.1),
-    "n-step Q": (1.0, 2.7, 5.9, 10.7, 17.2),
+PAPER = {  # speed-up by the number of workers
+    "A3C": {1: 1.0, 2: 2.1, 4: 3.7, 8: 6.9, 16: 12.5},
+    "one-step Q": {1: 1.0, 2: 3.0, 4: 6.3, 8: 13.3, 16: 24.1},
+    "one-step SARSA": {1: 1.0, 2: 2.8, 4: 5.9, 8: 13.1, 16: 22.1},
+    "n-step Q": {1: 1.0, 2: 2.7, 4: 5.9, 8: 10.7, 16: 17.2},
 }
 CARTPOLE = {  # the defaults, which are for CartPole-v1
     "A3C": ("a3c.py", ""),
@@ -41,7 +42,7 @@ CARTPOLE = {  # the defaults, which are for CartPole-v1
 
 
 @dataclass
-class Args(tools.Options):
+class Args(tools.DrawingOptions):
     env_id: Literal["CartPole-v1", "MinAtar/Breakout-v1"] = "CartPole-v1"
     """environment"""
     workers: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -60,19 +61,26 @@ def main(args: Args) -> int:
         flags += "" if on_cartpole else " --log-interval=20000"
         contestants[method, workers] = tools.script(script, flags)
     read = partial(read_learning, target=target, env_id=args.env_id)
-    runs = tools.play(contestants, read, args, "workers", keep_checkpoints=True)
-    for method in PAPER:
+    all_runs = tools.play(contestants, read, args, "workers", keep_checkpoints=True)
+    runs = tools.succeeded(all_runs)
+    figure, panels = tools.new_figure(1, len(PAPER), width=12)
+    for axes, (method, paper) in zip(panels[0], PAPER.items(), strict=True):
         mine = runs[[name[0] == method for name in runs["name"]]]
         mine = mine.assign(name=[workers for _, workers in mine["name"]])
-        seconds, steps = (tools.spread(mine, kind) for kind in (tools.SECONDS_TO_TARGET, tools.STEPS_TO_TARGET))
-        table = pd.DataFrame({"runs": seconds["runs"], "seconds": seconds["median"], "steps": steps["median"]})
-        ranges = zip(seconds["min"], seconds["max"], strict=True)
-        table["seconds: range"] = [f"{tools.cell(low)} to {tools.cell(high)}" for low, high in ranges]
-        paper = pd.Series(dict(zip((1, 2, 4, 8, 16), PAPER[method], strict=True)))
-        table["speed-up"] = seconds["median"].get(args.workers[0], math.nan) / seconds["median"]
-        table["paper's"] = paper / paper.get(args.workers[0], math.nan)
-        tools.print_table(f"{method}, {args.env_id}, workers", table)
-    return tools.finish(runs)
+        tools.show(mine, tools.SECONDS_TO_TARGET, tools.STEPS_TO_TARGET, of=f"{method} on {args.env_id}, workers:")
+        speed_up = tools.ratios(mine, tools.SECONDS_TO_TARGET, [args.workers[0]], list(args.workers))
+        paper = pd.Series(paper).reindex(args.workers)
+        speed_up["paper's"] = (paper / paper.iloc[0]).tolist()
+        tools.print_table(f"{method}: speed-up", speed_up)
+        seconds = mine.groupby("name")[tools.SECONDS_TO_TARGET].median().reindex(args.workers)
+        axes.plot(mine["name"], mine[tools.SECONDS_TO_TARGET], "C0.", alpha=0.5, label="a run")
+        axes.plot(args.workers, seconds, "C0", label="median")
+        axes.plot(args.workers, seconds.iloc[0] * paper.iloc[0] / paper, "C7:", label="with the paper's speed-up")
+        axes.set(title=method, xlabel="workers", ylabel="seconds", xscale="log", yscale="log")
+        axes.set_xticks(args.workers, args.workers)
+    panels[0, 0].legend()
+    tools.save_figure(figure, args.pictures / f"workers_{args.env_id.replace('/', '-')}.png")
+    return tools.finish(all_runs)
 
 
 if __name__ == "__main__":
