@@ -15,8 +15,8 @@ ddpg.py runs as it is, too.
 
 "speed": environment steps per second on HalfCheetah-v5 while there is an update at each of them, with minibatches of
 256 and of 64. The first 2,000 steps do not count: 1,000 are random, and during the next 1,000 everyone warms up (SBX
-compiles). What a run of ddpg.py writes while it trains does count. ddpg.py runs with `--num-threads 2`; the peers have
-one thread and, with the first seed, their default number too, of which the faster goes on and is compared.
+compiles). What a run of ddpg.py writes while it trains does count. All run with one thread and, with the first seed,
+with two (the peers: with their default number), too; the faster goes on and is compared.
 
 Every run has a process of its own. `--parallel` of them go at once, each with one torch thread, but where speed is
 measured, which is one after the other.
@@ -41,6 +41,7 @@ HALFCHEETAH_FLAGS = "--learning-starts 10000 --learning-rate 3e-4 --actor-learni
 OURS, AS_IT_IS = "ddpg.py", "ddpg.py, as it is"
 SB3, SBX = "SB3 DDPG", "SBX DDPG"
 THREADS = {"": 1, ", default threads": 0}  # by the end of a peer's name; 0 is its default
+OURS_2 = "ddpg.py, 2 threads"
 LEARNING = {  # part: environment, steps, flags of ddpg.py
     "pendulum": ("Pendulum-v1", 10_000, ""),
     "halfcheetah": ("HalfCheetah-v5", 100_000, HALFCHEETAH_FLAGS),
@@ -124,15 +125,17 @@ def compare_speed(args: Args) -> pd.DataFrame:
     """Steps per second on HalfCheetah-v5. Prints tables and returns the runs."""
     parts = []
     flags = f"{HALFCHEETAH_FLAGS} --env-id=HalfCheetah-v5 --total-timesteps={2 * RANDOM_STEPS + args.speed_steps}"
-    flags += f" --learning-starts={RANDOM_STEPS} --num-threads=2 --eval-episodes=0"
+    flags += f" --learning-starts={RANDOM_STEPS} --eval-episodes=0"
     read = partial(tools.read_speed, after=2 * RANDOM_STEPS)
-    rivals = [[peer + end for end in THREADS] for peer in (SB3, SBX)]
+    rivals = [[OURS, OURS_2], *([peer + end for end in THREADS] for peer in (SB3, SBX))]
     for batch_size in BATCH_SIZES:
-        contestants = new_contestants(f"{flags} --batch-size={batch_size}", THREADS)
-        runs, chosen = tools.play_with_rivals(contestants, read, args, "ddpg_speed", rivals)
+        settings = f"{flags} --batch-size={batch_size}"
+        contestants = {OURS_2: tools.call(train_ours, flags=f"{settings} --num-threads=2")}
+        contestants |= new_contestants(settings, THREADS)
+        runs, (ours, *chosen) = tools.play_with_rivals(contestants, read, args, "ddpg_speed", rivals)
         title = f"minibatches of {batch_size}:"
         tools.show(runs, tools.SPEED, of=title)
-        tools.show_ratios(runs, tools.SPEED, [OURS], chosen, of=title)
+        tools.show_ratios(runs, tools.SPEED, [ours], chosen, of=title)
         parts.append(runs)
     return pd.concat(parts)
 
