@@ -82,10 +82,8 @@ class Play:
         T = len(probes.Script.log)
         self.updates.append((T, batch, torch.get_num_threads()))
         for scale, network in (T, model.critic), (2 * T, model.actor):
-            for parameter in network.parameters():
-                parameter.grad = torch.zeros_like(parameter)
-            weight, bias, *_ = network.parameters()
-            weight.grad[0, 0], bias.grad[0] = 3.0 * scale, 4.0 * scale
+            network.theta.grad = torch.zeros_like(network.theta)
+            network.theta.grad[0], network.theta.grad[-1] = 3.0 * scale, 4.0 * scale
         return {"critic_loss": torch.tensor(1.0 * T), "actor_loss": torch.tensor(-T), "q_values": torch.tensor(2 * T)}
 
     def noise(self, size, rng, theta) -> SimpleNamespace:
