@@ -506,7 +506,7 @@ def main(args: Args) -> int:
             model.load_state_dict(checkpoint["model"])
             for name, optimizer in optimizers.items():
                 # with the learning rates that are asked for now
-                optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizers"][name]["state"]})
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["adam"][name]["state"]})
             replayed = checkpoint["replayed"]
     if args.evaluate is not None:
         print(f"{SCRIPT}: {evaluate(model.actor.act, eval_env, args, Path(args.evaluate))[0]}; {args.evaluate}")
@@ -530,7 +530,7 @@ def main(args: Args) -> int:
             latest.clear()
         buffer.save(run.folder / "replay.npy")
         states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
-        run.save(T, model=model.state_dict(), optimizers=states, replayed=buffer.count)
+        run.save(T, model=model.state_dict(), adam=states, replayed=buffer.count)
 
     with run:  # an error inside is printed, and the run goes on after the block, where it is saved
         buffer.create(run.folder / "replay.npy")

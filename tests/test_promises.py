@@ -228,8 +228,8 @@ def test_resume_goes_on_from_the_checkpoint(train, command, script):
         assert torch.equal(after[name], before[name])
     for name, tensor in before["model"].items():
         assert torch.equal(after["model"][name], tensor)
-    if "optimizers" in before:
-        updates = [each["optimizers"]["critic"]["state"][0]["step"].item() for each in (before, after)]
+    for name in {"optimizers", "adam"} & before.keys():
+        updates = [each[name]["critic"]["state"][0]["step"].item() for each in (before, after)]
         assert updates[1] - updates[0] == UPDATES_PER_STEP[script] * (after["step"] - before["step"])
     episodes = tables(folder)[0]
     pd.testing.assert_frame_equal(episodes.head(len(rows)), rows)

@@ -225,7 +225,7 @@ def test_resume_goes_on_with_the_networks_and_their_optimisers(train):
         moved = [(second[name] - first[name]).abs().max() for name in first if name.startswith(f"{network}.")]
         assert max(moved).item() == pytest.approx(step, rel=0.01)
     torch.testing.assert_close(third, second, rtol=0, atol=0)
-    assert [checkpoints[2]["optimizers"][name]["state"][0]["step"] for name in ("actor", "critic")] == [2, 2]
+    assert [checkpoints[2]["adam"][name]["state"][0]["step"] for name in ("actor", "critic")] == [2, 2]
 
 
 # Probe environments: one thing at a time has to be learned
