@@ -391,10 +391,10 @@ def ratios(runs: pd.DataFrame, measure: str, above: list[str], below: list[str])
         pd.DataFrame({"name": f"{one} / {other}", measure: values[one] / values[other]})
         for one, other in product(above, below)
     )
-    with np.errstate(divide="ignore"):  # of a ratio to what was not reached, which is 0
-        logs = rows.assign(**{measure: np.log(rows[measure])})
     table, mean = spread(rows, measure), ["mean", *INTERVAL]
-    table[mean] = np.exp(spread(logs, measure)[mean])
+    with np.errstate(divide="ignore", invalid="ignore"):  # of ratios to what was not reached, which are 0
+        logs = rows.assign(**{measure: np.log(rows[measure])})
+        table[mean] = np.exp(spread(logs, measure)[mean])
     return table.rename(columns={"mean": "geometric mean"})
 
 
