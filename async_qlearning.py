@@ -519,7 +519,7 @@ def main(args: Args) -> int:
             next_log = (T // args.log_interval + 1) * args.log_interval
             alive = [each.is_alive() for each in workers]  # first: a worker that ends later is seen next time
             time.sleep(0.05)  # rather than wake up for every single episode
-            if shared.T == run.first_step:  # the clock starts again until there is a first step
+            if shared.T == run.first_step:  # no step yet: the clock starts anew
                 run.start()
             # A worker that has ended without being done has raised (see the terminal), has exited or was killed.
             failed = [index for index, is_alive in enumerate(alive) if not is_alive and not shared.done[index]]

@@ -504,7 +504,7 @@ def main(args: Args) -> int:
     if checkpoint:
         with failing(f"the checkpoint does not fit {args.env_id} as it is installed here"):
             model.load_state_dict(checkpoint["model"])
-            for name, optimizer in optimizers.items():
+            for name, optimizer in optimizers.items() if args.resume else ():
                 # with the learning rates that are asked for now
                 optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["adam"][name]["state"]})
             replayed = checkpoint["replayed"]

@@ -10,7 +10,7 @@ begin one after the other, as they are ready: the rate is taken from the moment 
 every worker has ended an episode, to the last episode that ends.
 
 Learning: seconds and steps from the start of training until the last 50 training episodes have a mean return of 475.
-The clock starts just before the first step: imports come before that, and for `a3c.py` the start of its first worker.
+The clock starts just before the first step: imports come before that, and for `a3c.py` the start of its workers.
 `a3c.py` runs with its defaults and two workers, SB3's A2C with 8 environments and its defaults, which are also its
 zoo's settings for CartPole.
 

@@ -6,13 +6,13 @@
 
 Seconds and steps of training until the greedy policy has a mean return of 400 over 20 episodes on CartPole-v1, with 10
 seeds, or of 5 on Breakout, with 3. Every checkpoint is kept during the training and evaluated after it, in order, until
-one reaches the target; the clock does not count that. It begins with the first step of the first worker, while others
-may still be starting. Some hours on two cores, for CartPole-v1 and for Breakout; `--seeds 21 --workers 2 --steps
-20000` is a trial.
+one reaches the target; the clock does not count that. It begins with the first step of the first worker, or when all
+have been started, while others may still be making their environments. Some hours on two cores, for CartPole-v1 and for
+Breakout; `--seeds 21 --workers 2 --steps 20000` is a trial.
 
 The speed-up is the ratio of one worker's seconds to those of more, run by run. Beside it is the paper's, of time to a
-reference score averaged over seven Atari games (Mnih et al. 2016, table 2). With one-step Q and SARSA, more workers
-have other epsilons, too: one ends at 0.1, two at 0.01 and 0.5, four at 0.01, 0.1, 0.1 and 0.5. The picture,
+reference score averaged over seven Atari games (Mnih et al. 2016, table 2). With the three kinds of Q-learning, more
+workers have other epsilons, too: one ends at 0.1, two at 0.01 and 0.5, four at 0.01, 0.1, 0.1 and 0.5. The picture,
 workers_CartPole-v1.png, shows the seconds of every run.
 """
 
@@ -61,8 +61,8 @@ def main(args: Args) -> int:
         flags += "" if on_cartpole else " --log-interval=20000"
         contestants[method, workers] = tools.script(script, flags)
     read = partial(read_learning, target=target, env_id=args.env_id)
-    all_runs = tools.play(contestants, read, args, "workers", keep_checkpoints=True)
-    runs = tools.succeeded(all_runs)
+    runs = tools.play(contestants, read, args, "workers", keep_checkpoints=True)
+    tools.succeeded(runs)  # at least one
     figure, panels = tools.new_figure(1, len(PAPER), width=12)
     for axes, (method, paper) in zip(panels[0], PAPER.items(), strict=True):
         mine = runs[[name[0] == method for name in runs["name"]]]
@@ -70,7 +70,8 @@ def main(args: Args) -> int:
         tools.show(mine, tools.SECONDS_TO_TARGET, tools.STEPS_TO_TARGET, of=f"{method} on {args.env_id}, workers:")
         speed_up = tools.ratios(mine, tools.SECONDS_TO_TARGET, [args.workers[0]], list(args.workers))
         paper = pd.Series(paper).reindex(args.workers)
-        speed_up["paper's"] = (paper / paper.iloc[0]).tolist()
+        pairs = [f"{args.workers[0]} / {workers}" for workers in args.workers]
+        speed_up["paper's"] = pd.Series((paper / paper.iloc[0]).tolist(), pairs)
         tools.print_table(f"{method}: speed-up", speed_up)
         seconds = mine.groupby("name")[tools.SECONDS_TO_TARGET].median().reindex(args.workers)
         axes.plot(mine["name"], mine[tools.SECONDS_TO_TARGET], "C0.", alpha=0.5, label="a run")
@@ -80,7 +81,7 @@ def main(args: Args) -> int:
         axes.set_xticks(args.workers, args.workers)
     panels[0, 0].legend()
     tools.save_figure(figure, args.pictures / f"workers_{args.env_id.replace('/', '-')}.png")
-    return tools.finish(all_runs)
+    return tools.finish(runs)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,11 @@ def small_networks(monkeypatch):
 def make_model(space: spaces.Space = BOX, **arguments) -> DDPG:
     """Networks in float64 that are far from 0 and from their targets, with running statistics of all kinds."""
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    model = DDPG((3,), space, Args(**arguments))
-    torch.set_default_dtype(torch.float32)
+    try:
+        torch.set_default_dtype(torch.float64)
+        model = DDPG((3,), space, Args(**arguments))
+    finally:
+        torch.set_default_dtype(torch.float32)
     for name, tensor in model.state_dict().items():
         if name.endswith("running_var"):
             tensor.uniform_(0.5, 2)
@@ -173,8 +175,10 @@ def test_gradients_are_finite_differences(branch):
     check_gradient(model.critic.theta.grad, L, before.critic)
     minus_J = lambda: -Q(after.critic, batch[0], outputs(after.actor, batch[0], True).tanh()).mean()  # noqa: E731
     check_gradient(model.actor.theta.grad, minus_J, after.actor)
-    networks = [model.target_actor, model.target_critic] * branch["target_network"]
-    assert all(network.theta.grad is None for network in networks)
+    networks = [model.actor, model.target_actor, *[model.target_critic] * branch["target_network"]]
+    others = [parameter for network in networks for parameter in network.parameters()]
+    loss = ddpg.critic_loss(model, batch, args)[0]
+    assert not any(torch.is_tensor(each) for each in torch.autograd.grad(loss, others, allow_unused=True))
 
 
 def test_td_target():

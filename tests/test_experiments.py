@@ -101,6 +101,7 @@ def test_ratios_are_of_runs_with_the_same_seed():
     table = tools.ratios(pd.DataFrame(rows, columns=["name", "seed", "speed"]), "speed", ["a"], ["b", "c"])
     assert table.loc["a / b", ["runs", "median", "min", "max"]].tolist() == [2, 3, 2, 4]
     assert table.loc["a / c", ["geometric mean", *tools.INTERVAL]].tolist() == pytest.approx([1, 0.5, 2])
+    assert table["each run"].tolist() == ["2, 4", "2, 0.50"]
 
 
 def test_tables_without_a_single_figure(capsys):
