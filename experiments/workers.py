@@ -22,6 +22,7 @@ from functools import partial
 from itertools import product
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 import tools
 from async_methods import METHODS
@@ -73,11 +74,12 @@ def main(args: Args) -> int:
         pairs = [f"{args.workers[0]} / {workers}" for workers in args.workers]
         speed_up["paper's"] = pd.Series((paper / paper.iloc[0]).tolist(), pairs)
         tools.print_table(f"{method}: speed-up", speed_up)
-        seconds = mine.groupby("name")[tools.SECONDS_TO_TARGET].median().reindex(args.workers)
-        axes.plot(mine["name"], mine[tools.SECONDS_TO_TARGET], "C0.", alpha=0.5, label="a run")
+        axes.set(title=method, xlabel="workers", ylabel="seconds", xscale="log", yscale="log")
+        reached = mine.replace(np.inf, np.nan)  # infinity has no place in a picture
+        axes.plot(reached["name"], reached[tools.SECONDS_TO_TARGET], "C0.", alpha=0.5, label="a run")
+        seconds = mine.groupby("name")[tools.SECONDS_TO_TARGET].median().reindex(args.workers).replace(np.inf, np.nan)
         axes.plot(args.workers, seconds, "C0", label="median")
         axes.plot(args.workers, seconds.iloc[0] * paper.iloc[0] / paper, "C7:", label="with the paper's speed-up")
-        axes.set(title=method, xlabel="workers", ylabel="seconds", xscale="log", yscale="log")
         axes.set_xticks(args.workers, args.workers)
     panels[0, 0].legend()
     tools.save_figure(figure, args.pictures / f"workers_{args.env_id.replace('/', '-')}.png")
