@@ -14,8 +14,10 @@ from pathlib import Path
 import faulty
 import numpy as np
 import pandas as pd
+import probes
 import pytest
 import torch
+from gymnasium import spaces
 
 import a3c
 import async_qlearning
@@ -68,6 +70,20 @@ def load_rows(path: Path) -> np.ndarray:
     """A replay memory's file as a matrix, with s, a, r, s' and terminated in each row."""
     rows = np.load(path)
     return rows.view(np.float32).reshape(len(rows), -1)
+
+
+def received(make_env: Callable, space: spaces.Space, actions) -> tuple[list, spaces.Space]:
+    """What an environment with this action space gets when `make_env`'s takes `actions`, and the space of these."""
+    log = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probes.Constant, "action_space", space)
+        patch.setattr(probes.Constant, "play", lambda self, action: log.append(action) or 1.0)
+        env = make_env("probes:Constant-v0")
+        for action in actions:
+            env.reset()
+            env.step(action)
+    assert all(space.contains(np.asarray(action)) for action in log)
+    return log, env.action_space
 
 
 def wait_until(condition: Callable, seconds: float = 60):

@@ -5,25 +5,12 @@ import math
 import numpy as np
 import probes
 import pytest
+from conftest import received
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpg import make_env
-
-
-def received(space: spaces.Space, actions) -> tuple[list, spaces.Space]:
-    """What an environment with this action space gets when `make_env`'s takes `actions`, and the space of these."""
-    log = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probes.Constant, "action_space", space)
-        patch.setattr(probes.Constant, "play", lambda self, action: log.append(action) or 1.0)
-        env = make_env("probes:Constant-v0")
-        for action in actions:
-            env.reset()
-            env.step(action)
-    assert all(space.contains(np.asarray(action)) for action in log)
-    return log, env.action_space
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -36,7 +23,7 @@ def test_box_actions_are_scaled_and_never_outside(dtype, shape, numbers):
     low, width, x = np.array(numbers).T[:, : math.prod(shape)].reshape(3, *shape)
     low, high = low.astype(dtype), (low + width).astype(dtype)
     space = spaces.Box(low, high, shape, dtype)
-    actions, flat_space = received(space, [x.ravel(), np.full(x.size, -1.0), np.full(x.size, 1.0)])
+    actions, flat_space = received(make_env, space, [x.ravel(), np.full(x.size, -1.0), np.full(x.size, 1.0)])
     assert flat_space == spaces.Box(-1, 1, (x.size,))
     x, tolerance = np.clip(x, -1, 1), 1e-6 * np.abs([low, high]).max()
     np.testing.assert_allclose(actions[0], (1 - x) / 2 * low + (1 + x) / 2 * high, atol=tolerance)
@@ -46,7 +33,7 @@ def test_box_actions_are_scaled_and_never_outside(dtype, shape, numbers):
 @pytest.mark.parametrize("start", [0, -1, 4])
 def test_discrete_actions_count_from_the_spaces_start(start):
     expected = [start, start + 1, start + 2], spaces.Discrete(3)
-    assert received(spaces.Discrete(3, start=start), np.eye(3)) == expected
+    assert received(make_env, spaces.Discrete(3, start=start), np.eye(3)) == expected
 
 
 def test_environments_are_flat_or_refused(monkeypatch):
