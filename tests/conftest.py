@@ -82,8 +82,8 @@ def received(make_env: Callable, space: spaces.Space, actions) -> tuple[list, sp
         for action in actions:
             env.reset()
             env.step(action)
-    assert all(space.contains(np.asarray(action)) for action in log)
-    return log, env.action_space
+        assert all(space.contains(np.asarray(action)) for action in log)
+        return log, env.action_space
 
 
 def wait_until(condition: Callable, seconds: float = 60):
