@@ -51,7 +51,8 @@ class Args:
     target: Literal["q", "sarsa"] = "q"
     """what the target takes of the next state: its largest value (Q-learning), or that of the next action (SARSA)"""
     n_step: PositiveInt = 1
-    """rewards in a target, fewer at the end of a segment; from the value of --train-frequency on, all that are left"""
+    """rewards that a target adds up before the value, fewer near a segment's end; if no less than --train-frequency,
+    all that are left"""
     train_frequency: PositiveInt = 32
     """I_AsyncUpdate: steps of a worker between two updates, fewer before and after the end of an episode"""
     target_network_frequency: PositiveInt = 500
@@ -402,7 +403,8 @@ def worker(index: int, args: Args, shared: Shared, first_step: int) -> None:
 
     It acts and learns on the shared theta itself. At an update it computes the targets y and the gradients of all steps
     since the last one at once, with theta- and theta as they are then; the lecture does so at each step. (The paper's
-    n-step method acts on a copy theta', as A3C does, and begins a new segment with each episode.)
+    n-step method acts on a copy theta', as A3C does, and counts t_max from each segment's start. Here t runs on from
+    one episode to the next, as in algorithm 1, so an episode's first segment may be shorter.)
 
     Raises:
         FloatingPointError: a gradient is not finite; theta is left as it was.

@@ -28,7 +28,7 @@ from common.run import Run, seed_everything
 
 SCRIPT = Path(__file__).stem
 HIDDEN = 256  # units of each of the two hidden layers (the paper has 400 and 300); with images 200, as in the paper
-METRICS_EVERY = 50  # a row of metrics.csv is a mean over every 50th update
+METRICS_EVERY = 50  # a row of metrics.csv is a mean over every 50th update and the last one before it
 
 
 @dataclass
@@ -40,10 +40,10 @@ class Args:
     total_timesteps: PositiveInt = 10_000
     """environment steps in all; with --pixels, each is three of the simulator's"""
     learning_starts: NonNegativeInt = 1_000
-    """steps with uniformly random actions before the first update"""
+    """steps with uniformly random actions before the first update; a run that is no longer learns nothing"""
     buffer_size: PositiveInt = 1_000_000
-    """transitions that the replay memory R holds, no more than --total-timesteps; then the oldest are overwritten. With
-    --pixels it counts images: an episode of n transitions has n + 1"""
+    """transitions that the replay memory R holds, no more than --total-timesteps; then the oldest are overwritten. It
+    counts images with --pixels: an episode of n transitions has n + 1"""
     batch_size: PositiveInt = 64
     """N: transitions in a minibatch; each step learns from one minibatch"""
     learning_rate: PositiveFloat = 1e-3
@@ -71,8 +71,8 @@ class Args:
     gumbel_temperature: PositiveFloat = 1.0
     """temperature of the Gumbel-Softmax samples that replace mu(s) and its noise where actions are Discrete"""
     logit_penalty: NonNegativeFloat = 1e-3
-    """weight of the mean squared output in the actor's loss: it keeps Discrete policies uncertain and, with --pixels,
-    tanh away from its bounds; not in the paper"""
+    """weight of the mean squared output in the actor's loss: it keeps Discrete policies uncertain, and tanh away from
+    its bounds with --pixels; not in the paper"""
     pixels: bool = False
     """learn from rendered images alone, 64x64; each action is held for three steps, which are all seen, as in the
     paper"""

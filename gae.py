@@ -44,7 +44,7 @@ class Args:
     num_envs: PositiveInt = 8
     """environments, stepped in turn"""
     batch_size: PositiveInt = 2_000
-    """steps between two updates, of all environments together; rounded, so that all batches are equally long"""
+    """steps between two updates, of all environments together; adjusted, so that batches are about equally long"""
     gamma: Fraction = 0.99
     """discount factor"""
     gae_lambda: Fraction = 0.95
@@ -60,12 +60,13 @@ class Args:
     vf_epochs: PositiveInt = 5
     """passes over the batch in which the value function is fitted"""
     minibatch_size: PositiveInt = 250
-    """at least so many steps make a minibatch of these passes"""
+    """smallest number of steps in a minibatch when the value function is fitted"""
     norm_obs: bool = True
     """subtract the observations' running mean and divide by their running standard deviation; the first hundredth of
-    the steps, a batch at most, only measures these"""
+    the steps, a batch at most, only measures these. A resumed run without it keeps them as they are"""
     norm_returns: bool = True
-    """normalise the returns that the value function learns by their running mean and standard deviation"""
+    """normalise the returns that the value function learns by their running mean and standard deviation; a resumed run
+    without it keeps these as they are"""
     log_interval: PositiveInt = 5_000
     """steps between two rows of metrics.csv, and between two checkpoints"""
     log_dir: str = "runs"
@@ -147,7 +148,7 @@ class ActorCritic(nn.Module):
     A Discrete policy is a softmax. A Box policy is a Gaussian whose mean is the network's output and whose standard
     deviation is a parameter by itself.
 
-    The attribute `theta` is one vector of which every parameter of the policy is a view: who writes to it changes the
+    The attribute `theta` is one vector of which every parameter of the policy is a view: writing to it changes the
     policy. The networks see normalised observations, and the critic's output is a normalised return, which `value`
     turns into V(s). When the running statistics change, a layer makes up for it, so that, after the first batch, only
     `update_policy` changes the policy and only `fit_value_function` changes V. That is what PopArt does for returns

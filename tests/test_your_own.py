@@ -1,8 +1,10 @@
 """The changes that docs/your_own.md shows can be made to the scripts as they are, and what comes out trains."""
 
+import ast
 import importlib.util
 import re
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -16,7 +18,8 @@ import async_qlearning
 import ddpg
 import gae
 
-CHANGES = re.findall(r"```diff\n# (\w+)\.py(.*?)\n(.*?)```", (ROOT / "docs" / "your_own.md").read_text(), re.DOTALL)
+TEXT = (ROOT / "docs" / "your_own.md").read_text()
+CHANGES = re.findall(r"```diff\n# (\w+)\.py(.*?)\n(.*?)```", TEXT, re.DOTALL)
 ORIGINALS = {"a3c": a3c, "async_qlearning": async_qlearning, "gae": gae, "ddpg": ddpg}
 NETWORKS = {  # for CartPole-v1
     "a3c": lambda script: script.ActorCritic((4,), Discrete(2)),
@@ -36,13 +39,39 @@ def changed(text: str, change: str) -> str:
 
 
 def test_there_are_changes():
-    assert len(CHANGES) == (ROOT / "docs" / "your_own.md").read_text().count("```diff") == 13
+    assert len(CHANGES) == TEXT.count("```diff") == 13
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_each_argument_is_explained(name):
+    check_help((ROOT / f"{name}.py").read_text())
+
+
+def check_help(script: str):
+    """Each field of Args has a docstring, in which tyro keeps no line break: it does before what is no letter."""
+    (args,) = [node for node in ast.parse(script).body if getattr(node, "name", None) == "Args"]
+    for field, text in zip(args.body[::2], args.body[1::2], strict=True):
+        assert isinstance(field, ast.AnnAssign)
+        assert all(line.strip()[0].isalpha() for line in text.value.value.splitlines()[1:])
+
+
+def test_a_notebook_goes_on_with_a_run(tmp_path):
+    args = a3c.Args(num_workers=1, total_timesteps=100, gamma=0.9, eval_episodes=0, log_dir=str(tmp_path))
+    assert a3c.main(args) == 0
+    (run,) = tmp_path.iterdir()
+    (code,) = re.findall(r"^    from common.arguments.*?\n\n", TEXT, re.DOTALL | re.MULTILINE)
+    code = code.replace("runs/CartPole-v1__a3c__1__...", str(run)).replace("100_000", "200")
+    exec(textwrap.dedent(code), {"a3c": a3c})
+    args = load(run)["args"]
+    assert (args["gamma"], args["total_timesteps"], args["num_workers"]) == (0.9, 200, 1)
+    assert load(run)["step"] >= 200
 
 
 @pytest.mark.parametrize(("name", "flags", "change"), CHANGES, ids=[f"{each[0]}-{i}" for i, each in enumerate(CHANGES)])
 def test_what_is_changed_trains(name, flags, change, tmp_path, monkeypatch):
     path = tmp_path / f"my_{name}.py"
     path.write_text(changed((ROOT / f"{name}.py").read_text(), change.replace("cuda", "cpu")))
+    check_help(path.read_text())
     spec = importlib.util.spec_from_file_location(path.stem, path)
     script = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, path.stem, script)
