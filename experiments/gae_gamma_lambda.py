@@ -3,7 +3,7 @@
     pip install -r experiments/requirements.txt
     python experiments/gae_gamma_lambda.py --parallel 2
 
-About 45 minutes on two cores. It is figure 2, on the right, of Schulman et al. 2016, which shows the performance on a
+One or two hours on two cores. It is figure 2, on the right, of Schulman et al. 2016, which shows the performance on a
 cart-pole task after 20 iterations and has its best results where both are intermediate. Here a run is `gae.py` with
 its defaults but gamma and lambda, on CartPole-v1, for 40,000 steps, which are 20 batches. It has two results: the mean
 return of the training episodes that end in the last fifth of the steps, how good it has become, and of all its
