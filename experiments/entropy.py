@@ -5,8 +5,9 @@
     python experiments/entropy.py --env-id Acrobot-v1 --total-timesteps 500000
 
 A quarter of an hour on two cores for CartPole-v1; `--seeds 21 --total-timesteps 20000` is a trial. Every run is a3c.py
-with 8 workers and its defaults but --ent-coef. The table has the greedy return, a mean over 20 episodes after training.
-The picture, entropy_CartPole-v1.png, shows the policy's entropy and the returns of training episodes.
+with 8 workers and its defaults but --ent-coef. The tables have the greedy return, a mean over 20 episodes after
+training, and means over 40 parts of the steps, or over the last eight of these: of the policy's entropy and of training
+returns. The picture, entropy_CartPole-v1.png, shows these parts.
 """
 
 import sys
@@ -17,6 +18,9 @@ import pandas as pd
 import tools
 
 BETAS = (0.0, 0.001, 0.01, 0.1)
+PARTS = 40  # of a learning curve
+ENTROPY, RETURN = "entropy of the last fifth", "training return"
+LATE_RETURN = "training return of the last fifth"
 
 
 @dataclass
@@ -32,19 +36,24 @@ def main(args: Args) -> int:
         metrics = tools.read_table(folder, "metrics").rename(columns={"entropy": "return"})
         metrics["step"] -= metrics["step"].diff().fillna(metrics["step"]) / 2  # a row is a mean since the row before
         kinds = {"return": tools.read_table(folder, "episodes"), "entropy": metrics}
-        curves = [tools.curve(table, args.total_timesteps, 40).assign(kind=kind) for kind, table in kinds.items()]
+        curves = [tools.curve(table, args.total_timesteps, PARTS).assign(kind=kind) for kind, table in kinds.items()]
         return tools.read_return(folder) | {"curve": pd.concat(curves)}
 
     flags = f"--env-id={args.env_id} --num-workers=8 --total-timesteps={args.total_timesteps}"
     contestants = {f"beta {beta:g}": tools.script("a3c.py", f"{flags} --ent-coef={beta:g}") for beta in BETAS}
     runs = tools.play(contestants, read, args, "entropy")
-    tools.show(runs, tools.RETURN, of=args.env_id)
+    learned = tools.succeeded(runs)
+    for measure, kind, first in ((ENTROPY, "entropy", 0.8), (RETURN, "return", 0), (LATE_RETURN, "return", 0.8)):
+        parts = [curve[(curve["kind"] == kind) & (curve["part"] > first * PARTS)] for curve in learned["curve"]]
+        learned = learned.assign(**{measure: [part["return"].mean() for part in parts]})
+    tools.show(learned, tools.RETURN, ENTROPY, RETURN, LATE_RETURN, of=args.env_id)
     figure, ((left, right),) = tools.new_figure(1, 2, width=10)
-    for number, (name, group) in enumerate(tools.succeeded(runs).groupby("name", sort=False)):
+    for number, (name, group) in enumerate(learned.groupby("name", sort=False)):
         for axes, kind in ((left, "entropy"), (right, "return")):
-            tools.draw_curves(axes, [curve[curve["kind"] == kind] for curve in group["curve"]], f"C{number}", name)
-    left.set(xlabel="environment steps", ylabel="entropy of the policy", title=args.env_id)
-    right.set(xlabel="environment steps", ylabel="training return", title=args.env_id)
+            curves = [curve[curve["kind"] == kind] for curve in group["curve"]]
+            tools.draw_curves(axes, curves, f"C{number}", name, scale=1000)
+    left.set(xlabel="thousand steps", ylabel="entropy of the policy", title=args.env_id)
+    right.set(xlabel="thousand steps", ylabel="training return", title=args.env_id)
     right.legend()
     tools.save_figure(figure, args.pictures / f"entropy_{args.env_id.replace('/', '-')}.png")
     return tools.finish(runs)

@@ -40,11 +40,11 @@ class Args(tools.DrawingOptions):
 def draw_schedule(axes, epsilons: list[float], args: Args) -> None:
     """The epsilon of each worker over the steps, workers with the same one above each other."""
     script_args = async_qlearning.Args(total_timesteps=args.total_timesteps)
-    steps = np.linspace(0, args.total_timesteps, 200)
+    steps = np.linspace(0, args.total_timesteps, 200)  # the picture counts thousands
     for final in sorted(set(epsilons)):
         line = [async_qlearning.annealed_epsilon(step, final, script_args) for step in steps]
-        axes.plot(steps, line, label=f"{epsilons.count(final)} of {len(epsilons)} workers: {final:g}")
-    axes.set(xlabel="environment steps", ylabel="epsilon", title="the paper's epsilons")
+        axes.plot(steps / 1000, line, label=f"{epsilons.count(final)} of {len(epsilons)} workers: {final:g}")
+    axes.set(xlabel="thousand steps", ylabel="epsilon", title="the paper's epsilons")
     axes.legend()
 
 
@@ -71,8 +71,8 @@ def main(args: Args) -> int:
     for epsilons in learned.loc[learned["name"] == PAPER, "epsilons"].head(1):
         draw_schedule(left, json.loads(epsilons), args)
     for number, (name, group) in enumerate(learned.groupby("name", sort=False)):
-        tools.draw_curves(right, group["curve"].tolist(), f"C{number}", name)
-    right.set(xlabel="environment steps", ylabel="greedy return", title="CartPole-v1")
+        tools.draw_curves(right, group["curve"].tolist(), f"C{number}", name, scale=1000)
+    right.set(xlabel="thousand steps", ylabel="greedy return", title="CartPole-v1")
     right.legend(fontsize="small")
     tools.save_figure(figure, args.pictures / "exploration.png")
     return tools.finish(runs)
