@@ -59,7 +59,7 @@ class Args(tools.DrawingOptions, tools.ParallelOptions):
 
 def main(args: Args) -> int:
     figure, panels = tools.new_figure(1, len(args.panels), width=4.5 * len(args.panels), height=4.5)
-    parts = []
+    parts, labels = [], {}
     for title, axes in zip(args.panels, panels[0], strict=True):
         panel = PANELS[title]
         steps = args.total_timesteps or panel.steps
@@ -81,10 +81,10 @@ def main(args: Args) -> int:
             if len(group):
                 tools.draw_curves(axes, group["curve"].tolist(), COLORS[branch], branch)
         axes.set(xlabel="steps", ylabel="training return", title=title)
-        if axes.lines:
-            axes.legend(fontsize="small", framealpha=0.5)
+        labels |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
         parts.append(runs)
     tools.succeeded(pd.concat(parts))
+    figure.legend(labels.values(), labels, loc="outside lower center", ncols=3)
     tools.save_figure(figure, args.pictures / "ddpg_branches.png")
     return tools.finish(*parts)
 
