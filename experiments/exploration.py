@@ -3,12 +3,12 @@
     pip install -r experiments/requirements.txt
     python experiments/exploration.py
 
-About an hour on two cores; `--seeds 21 --total-timesteps 20000` is a trial. Every run is async_qlearning.py on
+45 minutes on two cores; `--seeds 21 --total-timesteps 20000` is a trial. Every run is async_qlearning.py on
 CartPole-v1 with 8 workers, whose epsilons end at 0.1, 0.01 or 0.5, or all at one of these. All checkpoints are kept,
 and after training the greedy policy of each plays 20 episodes: what the workers' own episodes return depends on their
-epsilons. The table has the return of the last checkpoint, the steps until one first reached 475, and the share that did
-from that one on. The picture, exploration.png, shows on the left the epsilon of each worker over the steps,
-from the args.json of a run, and on the right the greedy returns.
+epsilons. The tables have the return of the last checkpoint, the steps until one first reached 475, and the share that
+did from that one on, these two also in ratios to the paper's. The picture, exploration.png, shows on the left the
+epsilon of each worker over the steps, from the args.json of a run, and on the right the greedy returns.
 """
 
 import json
@@ -66,6 +66,9 @@ def main(args: Args) -> int:
     contestants = {name: tools.script("async_qlearning.py", f"{common} {flags}") for name, flags in BRANCHES.items()}
     runs = tools.play(contestants, read, args, "exploration", keep_checkpoints=True)
     tools.show(runs, tools.RETURN, tools.STEPS_TO_TARGET, STAYS)
+    others = [name for name in BRANCHES if name != PAPER]
+    for measure in (tools.STEPS_TO_TARGET, STAYS):
+        tools.show_ratios(runs, measure, others, [PAPER])
     figure, ((left, right),) = tools.new_figure(1, 2, width=10)
     learned = tools.succeeded(runs)
     for epsilons in learned.loc[learned["name"] == PAPER, "epsilons"].head(1):
