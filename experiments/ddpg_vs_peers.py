@@ -4,7 +4,7 @@
     python experiments/ddpg_vs_peers.py --only pendulum --parallel 2
     python experiments/ddpg_vs_peers.py --only speed
 
-On two idle cores "pendulum" takes about 10 minutes, "speed" 10, and "halfcheetah" with `--seeds 1 2 3 4 5` half an
+On two idle cores "pendulum" takes about 10 minutes, "speed" 45, and "halfcheetah" with `--seeds 1 2 3 4 5` half an
 hour; without `--only` all parts run, one after the other. `--seeds 21 --steps 600 --speed-steps 1000` is a trial.
 
 "pendulum", "halfcheetah": mean return of the greedy policy over 20 episodes after 10,000 steps of Pendulum-v1 and
