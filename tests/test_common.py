@@ -166,8 +166,9 @@ def test_random_streams_are_of_seed_step_and_worker():
 # Evaluation
 
 
-def test_evaluation_plays_whole_episodes_from_one_seed(tmp_path, monkeypatch):
-    args = SimpleNamespace(seed=3, eval_episodes=4, capture_video=False)
+@pytest.mark.parametrize(("seed", "first"), [(3, 2**31 + 3), (2**33 + 5, 2**31 + 5)])  # MinAtar takes 32 bits
+def test_evaluation_plays_whole_episodes_from_one_seed(tmp_path, monkeypatch, seed, first):
+    args = SimpleNamespace(seed=seed, eval_episodes=4, capture_video=False)
     monkeypatch.setattr(probes.Script, "log", [])
     env, seeds = gym.make("probes:Script-v0"), []
     played = gym.wrappers.RecordEpisodeStatistics(env)
@@ -175,7 +176,7 @@ def test_evaluation_plays_whole_episodes_from_one_seed(tmp_path, monkeypatch):
     env.unwrapped.reset = lambda seed=None, options=None: seeds.append(seed) or reset(seed=seed)
     text, mean = evaluate(lambda observation: 0, gym.wrappers.TransformReward(played, lambda r: 0.0), args, tmp_path)
     result = json.loads((tmp_path / "evaluation.json").read_text())
-    assert seeds == [2**31 + 3, None, None, None]
+    assert seeds == [first, None, None, None]
     assert sum(result["returns"]) == pytest.approx(sum(step[2] for step in probes.Script.log))
     assert sum(step[4] or step[5] for step in probes.Script.log) == 4
     assert result["episodes"] == len(result["returns"]) == 4
