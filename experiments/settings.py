@@ -28,6 +28,9 @@ SETTINGS = {
         "--num-workers 8 --n-step 32",
         "--env-id Acrobot-v1 --total-timesteps 1000000 --target-network-frequency 2000",
     ],
+    "gae.py": [
+        "--env-id Acrobot-v1 --total-timesteps 300000",
+    ],
     "ddpg.py": [
         "--env-id InvertedPendulum-v5 --total-timesteps 50000 --actor-learning-rate 1e-4",
         "--env-id CartPole-v1 --total-timesteps 50000 --actor-learning-rate 3e-4 --tau 0.01 --batch-size 128",
@@ -48,7 +51,7 @@ def main(args: Args) -> int:
     for script, settings in SETTINGS.items():
         if args.only not in (None, script):
             continue
-        parallel = args.parallel if script == "ddpg.py" else 1  # the others have workers
+        parallel = args.parallel if script in ("gae.py", "ddpg.py") else 1  # the others have workers
         runs = []
         for flags in settings:
             options = replace(args, seeds=args.seeds[:5]) if "-v5" in flags else args
