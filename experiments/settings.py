@@ -19,6 +19,7 @@ import tools
 SETTINGS = {
     "a3c.py": [
         "--num-workers 2",
+        "--env-id InvertedPendulum-v5 --total-timesteps 500000 --learning-rate 1e-3 --ent-coef 0.01",
         "--env-id Acrobot-v1 --total-timesteps 500000",
     ],
     "async_qlearning.py": [
