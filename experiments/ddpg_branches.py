@@ -84,7 +84,7 @@ def main(args: Args) -> int:
         labels |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
         parts.append(runs)
     tools.succeeded(pd.concat(parts))
-    figure.legend(labels.values(), labels, loc="outside lower center", ncols=3)
+    figure.legend(labels.values(), labels, loc="outside lower center", ncols=min(3, len(args.panels)))
     tools.save_figure(figure, args.pictures / "ddpg_branches.png")
     return tools.finish(*parts)
 
