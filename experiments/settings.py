@@ -19,8 +19,9 @@ import tools
 SETTINGS = {
     "a3c.py": [
         "--num-workers 2",
+        "--env-id Acrobot-v1 --total-timesteps 500000 --ent-coef 0.01",
         "--env-id InvertedPendulum-v5 --total-timesteps 500000 --learning-rate 1e-3 --ent-coef 0.01",
-        "--env-id Acrobot-v1 --total-timesteps 500000",
+        "--env-id InvertedDoublePendulum-v5 --total-timesteps 500000 --learning-rate 1e-3 --ent-coef 0.01 --gamma 0.95",
     ],
     "async_qlearning.py": [
         "--num-workers 2",
