@@ -487,13 +487,12 @@ def main(args: Args) -> int:
         print(f"{SCRIPT}: {evaluate(model.act, eval_env, args, Path(args.evaluate))[0]}; {args.evaluate}")
         return 0
     T = shared.T
-    last_progress = time.monotonic()
     if T > args.total_timesteps:
         fail(f"{args.resume} has done {T:,} steps already: give more with --total-timesteps")
 
     run = Run(SCRIPT, args, METRICS, {"backend_used": backend}, checkpoint)
     print(f"{SCRIPT}: {args.env_id}, {args.num_workers} {backend} workers (GIL: {has_gil()}), {run.folder}", flush=True)
-    # Thread and Process share constructor, start, is_alive and join, so one list serves both.
+    # Thread and Process share constructor, start and is_alive, so one list serves both.
     new_worker = context.Process if backend == "process" else threading.Thread
     workers = [new_worker(target=worker, args=(i, args, shared, T), daemon=True) for i in range(args.num_workers)]
 
@@ -514,6 +513,7 @@ def main(args: Args) -> int:
             for each in workers:
                 each.start()
         run.start()
+        last_progress = time.monotonic()
         while any(alive):
             next_log = (T // args.log_interval + 1) * args.log_interval
             alive = [each.is_alive() for each in workers]  # first: a worker that ends later is seen next time
@@ -533,10 +533,10 @@ def main(args: Args) -> int:
                 alive = []
             write(with_checkpoint=next_log <= T <= args.total_timesteps)
             run.progress(T)
-    shared.stop.value = True
-    for each in set(workers) & set(multiprocessing.active_children()):  # processes that still live
-        each.kill()  # threads end with this process
     with run:
+        shared.stop.value = True
+        for each in set(workers) & set(multiprocessing.active_children()):  # processes that still live
+            each.kill()  # threads end with this process
         write(with_checkpoint=True)
     run.close(shared.T)
     if run.exit_code == 0:

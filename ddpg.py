@@ -40,7 +40,7 @@ class Args:
     total_timesteps: PositiveInt = 10_000
     """environment steps in all; with --pixels, each is three of the simulator's"""
     learning_starts: NonNegativeInt = 1_000
-    """steps with uniformly random actions before the first update; a run that is no longer learns nothing"""
+    """steps with uniformly random actions before the first update; a shorter run learns nothing"""
     buffer_size: PositiveInt = 1_000_000
     """transitions that the replay memory R holds, no more than --total-timesteps; then the oldest are overwritten. It
     counts images with --pixels: an episode of n transitions has n + 1"""
@@ -322,7 +322,8 @@ class ReplayBuffer:
         if rows.dtype != self.rows.dtype:
             raise ValueError(f"{path} has rows of {rows.dtype}, not of {self.rows.dtype}")
         kept = np.arange(max(0, count - self.capacity), count)
-        self.rows[kept % self.capacity] = rows[kept % len(rows)]  # a lost transition's place has a later one's copy
+        for part in np.array_split(kept, 1 + len(kept) // 1_000):  # all at once would take twice the memory
+            self.rows[part % self.capacity] = rows[part % len(rows)]  # a lost transition's place has a later one's copy
         self.count = count
 
 

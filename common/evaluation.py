@@ -16,8 +16,7 @@ def check_film(env: gym.Env) -> None:
         import moviepy  # noqa: F401
 
         env.reset(seed=0)
-        if not isinstance(env.render(), np.ndarray):
-            raise ValueError(f"{env.spec.id} renders no rgb_array")
+        assert isinstance(env.render(), np.ndarray), f"{env.spec.id} renders no rgb_array"
 
 
 def evaluate(policy: Callable, env: gym.Env, args, folder: Path) -> tuple[str, float | None]:

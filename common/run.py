@@ -23,12 +23,13 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def seed_everything(seed: int, step: int, worker: int = 0) -> np.random.Generator:
-    """The random numbers of one worker from one step on; seeds torch, too.
+    """The random numbers of one worker from one step on; seeds torch's and numpy's global generators, too.
 
     A run that goes on at another step draws other numbers, so no state of a generator has to be stored.
     """
     sequence = np.random.SeedSequence(seed, spawn_key=(step, worker))
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+    np.random.seed(sequence.generate_state(4))  # an environment may draw from it, and processes inherit its state
     return np.random.default_rng(sequence)
 
 
@@ -62,8 +63,8 @@ def _mask_signals(how: str) -> None:
 class Run:
     """The folder of one run, everything that is written into it, and the reason to stop.
 
-    A `with run:` block guards a part of the run. Inside, the first Ctrl-C or SIGTERM sets `stopped`, and a second one
-    ends the process at once. An error ends the block; it is printed, sets `stopped` and makes the exit code 1.
+    A `with run:` block guards a part of the run. Inside, the first Ctrl-C or SIGTERM sets `stopped`, and one that comes
+    later ends the process at once. An error ends the block; it is printed, sets `stopped` and makes the exit code 1.
 
     Args:
         script: the script's name, without .py.
@@ -76,7 +77,7 @@ class Run:
 
     def __init__(self, script: str, args, metrics: dict[str, str], facts: dict, checkpoint: dict | None):
         self.script, self.args, self.families = script, args, metrics
-        self.stopped, self.exit_code = False, 0
+        self.stopped, self.exit_code, self.signalled = False, 0, 0.0
         self.folder = _new_folder(args, script) if args.resume is None else Path(args.resume)
         (self.folder / "evaluation.json").unlink(missing_ok=True)  # of a policy that is about to change
         versions = {name: version(name) for name in ("torch", "gymnasium", "numpy")}
@@ -117,9 +118,10 @@ class Run:
         return True
 
     def _stop(self, number: int, _) -> None:
-        if self.stopped:  # already, by an earlier signal or an error: now at once
+        # Already stopped, by an earlier signal or an error: now at once. But `timeout` sends each signal twice.
+        if self.stopped and time.monotonic() > self.signalled + 0.5:
             os._exit(128 + number)
-        self.stopped, self.exit_code = True, 128 + number
+        self.stopped, self.exit_code, self.signalled = True, 128 + number, self.signalled or time.monotonic()
 
     def fail(self, cause: str) -> None:
         """Print `cause` and stop the run with exit code 1."""

@@ -56,6 +56,7 @@ def main(args: Args) -> int:
     speed, (sb3,) = tools.play_with_rivals(contestants, tools.read_speed, args, "a3c_speed", [list(SB3)])
     tools.show(speed, tools.SPEED)
     tools.show_ratios(speed, tools.SPEED, [OURS], [PFRL, sb3, OURS_1, OURS_16])
+    tools.show_ratios(speed, tools.SPEED, [OURS_1], [sb3])
 
     budget = min(args.budget, a3c.Args.total_timesteps)
     contestants = {

@@ -61,6 +61,7 @@ def compare_speed(args: Args, sb3: partial) -> pd.DataFrame:
     runs, (peer,) = tools.play_with_rivals(contestants, tools.read_speed, args, name, [list(A2CS)])
     tools.show(runs, tools.SPEED)
     tools.show_ratios(runs, tools.SPEED, [OURS], [peer, OURS_1, OURS_16])
+    tools.show_ratios(runs, tools.SPEED, [OURS_1], [peer])
     return runs
 
 

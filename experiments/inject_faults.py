@@ -279,7 +279,7 @@ def one_signal(trial: Trial) -> None:
 
 def two_signals(trial: Trial) -> None:
     trial.start(*trial.backend())
-    pause = trial.random.choice([0.0, trial.random.uniform(0, 0.01), trial.random.uniform(0, 0.3)])
+    pause = trial.random.choice([0.0, trial.random.uniform(0, 0.01), trial.random.uniform(0, 1.0)])
     trial.wait()
     allowed = [0]
     for _ in range(2):

@@ -118,6 +118,13 @@ class DrawsFromTorch(Probe):
         return torch.rand(()).item()
 
 
+class DrawsFromNumpy(Probe):
+    """The reward is a random number of numpy's global generator."""
+
+    def play(self, action):
+        return np.random.random()
+
+
 class Subnormal(Probe):
     """The reward is 1 where numbers below 1e-38 stay what they are, 0 where they are taken for 0."""
 

@@ -152,12 +152,13 @@ def test_signals_end_the_process_before_and_after_a_run(parse, monkeypatch):
 
 def test_random_streams_are_of_seed_step_and_worker():
     places = [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1), (1, 0, 2), (2, 1, 0)]
-    numpy_draws, torch_draws = [], []
+    numpy_draws, torch_draws, global_draws = [], [], []
     for place in places:
         for _ in range(2):
             numpy_draws.append(seed_everything(*place).integers(2**62))
             torch_draws.append(torch.randint(2**62, (1,)).item())
-    for draws in (numpy_draws, torch_draws):
+            global_draws.append(np.random.randint(2**62))  # what an environment may draw from
+    for draws in (numpy_draws, torch_draws, global_draws):
         assert draws[::2] == draws[1::2]
         assert len(set(draws)) == len(places)
     assert numpy_draws[0] != np.random.default_rng(1).integers(2**62)  # the stream that Gymnasium takes

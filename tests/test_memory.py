@@ -1,6 +1,7 @@
 """ddpg.py's replay memory and its file."""
 
 import re
+import tracemalloc
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -49,6 +50,20 @@ def test_memory_holds_the_latest_transitions(tmp_path_factory, capacity, runs):
             assert buffer.count == count
             assert np.array_equal(buffer.rows, np.load(path))
             assert np.array_equal(load_rows(path), expected)
+
+
+def test_a_file_is_read_in_parts(tmp_path):
+    """What does not fit twice can be loaded, too: a copy of 20,000 transitions would take 720,000 bytes."""
+    old, new = fill(ReplayBuffer(20_000, (2,), 3), range(23_000)), ReplayBuffer(20_500, (2,), 3)
+    old.create(tmp_path / "replay.npy")
+    tracemalloc.start()
+    new.load(tmp_path / "replay.npy", 23_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    kept = np.arange(2_500, 23_000)
+    numbers = np.where(kept < 3_000, kept + 20_000, kept)  # later ones have taken the place of the first 3,000
+    assert np.array_equal(new.rows["reward"][kept % 20_500], 10 * numbers.astype(np.float32))
+    assert peak < 500_000
 
 
 def test_minibatches_are_uniform_and_copies():

@@ -179,9 +179,9 @@ def test_one_seed_repeats_a_run(train, script):
 
 
 @each_script(a3c, async_qlearning, gae)
-@pytest.mark.parametrize("env_id", ["Script", "TellsActions", "DrawsFromTorch"])
+@pytest.mark.parametrize("env_id", ["Script", "TellsActions", "DrawsFromTorch", "DrawsFromNumpy"])
 def test_workers_and_environments_all_differ(train, script, env_id):
-    """In what the environment draws, what is drawn from the policy, and torch's numbers: all first episodes differ."""
+    """In what the environment draws, what is drawn from the policy, torch's and numpy's numbers."""
     workers = {"num_workers": 4, "backend": "process", "learning_rate": 1e-30}
     arguments = {"num_envs": 4, "batch_size": 400} if script is gae else workers
     _, folder = train(script, env_id=f"probes:{env_id}-v0", total_timesteps=2000, log_interval=500, **arguments)
