@@ -255,6 +255,21 @@ def test_a_signal_to_the_whole_process_group_saves(start, script, number, code):
     assert not psutil.wait_procs(children, timeout=20)[1]
 
 
+@each_script(*WITH_WORKERS)
+def test_a_signal_before_the_last_save_saves(train, monkeypatch, script):
+    """The workers have ended, and the rows since the last checkpoint are not written yet."""
+
+    def interrupted() -> list:
+        signal.raise_signal(signal.SIGINT)
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(multiprocessing, "active_children", interrupted)
+        code, folder = train(script, total_timesteps=200, log_interval=10**9)
+    assert code == 130
+    assert check_saved(folder) >= 200
+
+
 @each_script(a3c, gae)  # a run with workers, and one without
 def test_a_second_signal_ends_a_run_that_hangs(start, script):
     child = start(script, "--env-id", "faulty:Hangs-v0")
