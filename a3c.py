@@ -103,8 +103,8 @@ def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42)
     merged by their maximum, made grey and scaled down; four such images are stacked; rewards are clipped to [-1, 1].
     (`ALE/` games also repeat the last action at random.) All other observations become vectors.
 
-    A Box of actions becomes flat, too. In a dimension with two bounds, -1 and 1 stand for them; actions are clipped to
-    the bounds. Discrete actions count from 0.
+    A Box of actions becomes flat, too, and -1 and 1 stand for its bounds; actions beyond them are clipped. Discrete
+    actions count from 0.
 
     Raises:
         ValueError: the script cannot play it.
@@ -140,18 +140,18 @@ def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42)
     space = env.action_space
     if isinstance(space, spaces.Discrete):
         return env if space.start == 0 else TransformAction(env, lambda a: space.start + a, spaces.Discrete(space.n))
-    if not isinstance(space, spaces.Box) or space.dtype.kind != "f":
-        raise ValueError(f"A3C here needs Discrete actions or a Box of real numbers, not {space}")
+    is_box = isinstance(space, spaces.Box) and space.dtype.kind == "f"
+    if not is_box or not (np.abs([space.low, space.high]) < 1e9).all():  # beyond that, no bound is meant
+        raise ValueError(f"a3c.py needs Discrete actions or a Box of real numbers with bounds, not {space}")
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    has_bounds = (low > -1e9) & (high < 1e9)  # beyond that, no bound is meant
-    scale = np.where(has_bounds, high / 2 - low / 2, 1)
-    center = np.where(has_bounds, low + scale, np.clip(0, low, high))
+    scale = high / 2 - low / 2
+    center = low + scale
 
     def to_bounds(action: np.ndarray) -> np.ndarray:
         action = center + scale * action.reshape(space.shape)
         return np.minimum(np.maximum(action, low), high).astype(space.dtype)
 
-    return TransformAction(env, to_bounds, spaces.Box(-np.inf, np.inf, (center.size,)))
+    return TransformAction(env, to_bounds, spaces.Box(-1, 1, (center.size,)))
 
 
 def orthogonal(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
@@ -214,8 +214,10 @@ def numpy_convolutions(layers: nn.Sequential, shape: tuple[int, ...]) -> Iterato
 class ActorCritic(nn.Module):
     """The policy pi(a|s; theta) and the value function V(s; theta_v).
 
-    A Discrete policy is a softmax. A Box policy is a Gaussian whose mean and variance (a softplus, plus MIN_VARIANCE)
-    are outputs of the network. Where observations are images, policy and value share all but the last layer.
+    A Discrete policy is a softmax. A Box policy is a Gaussian whose mean (a tanh) and variance (a softplus, plus
+    MIN_VARIANCE) are outputs of the network. The paper's mean has no tanh: it may run far beyond the bounds, where all
+    draws act alike and nothing leads back. Where observations are images, policy and value share all but the last
+    layer.
 
     The attribute `theta` is one vector with the lecture's theta and theta_v. Every parameter is a view of it: writing
     to it changes the networks. Processes can share it.
@@ -260,7 +262,7 @@ class ActorCritic(nn.Module):
         x = self.outputs(observation)
         if self.discrete:  # argmax of the logits plus Gumbel noise (minus the log of an exponential variable): a draw
             return int((x if rng is None else x - np.log(rng.standard_exponential(len(x)))).argmax())
-        mean, raw_variance = x[: len(x) // 2], x[len(x) // 2 :]  # logaddexp(0, x) is softplus
+        mean, raw_variance = np.tanh(x[: len(x) // 2]), x[len(x) // 2 :]  # logaddexp(0, x) is softplus
         if rng is None:
             return mean
         return mean + np.sqrt(np.logaddexp(0, raw_variance) + MIN_VARIANCE) * rng.standard_normal(len(mean), np.float32)
@@ -275,8 +277,8 @@ class ActorCritic(nn.Module):
             log_probs = F.log_softmax(outputs, dim=-1)
             log_prob = log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
             return log_prob, -(log_probs.exp() * log_probs).sum(-1)
-        mean, raw_variance = outputs.chunk(2, dim=-1)
-        variance = F.softplus(raw_variance) + MIN_VARIANCE
+        raw_mean, raw_variance = outputs.chunk(2, dim=-1)
+        mean, variance = raw_mean.tanh(), F.softplus(raw_variance) + MIN_VARIANCE
         log_normalizer = 0.5 * torch.log(2 * math.pi * variance)
         return -(0.5 * (actions - mean).square() / variance + log_normalizer).sum(-1), (0.5 + log_normalizer).sum(-1)
 

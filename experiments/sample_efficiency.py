@@ -22,7 +22,7 @@ import tools
 
 FLAGS = {
     "ddpg.py": "",
-    "a3c.py": "--num-workers 8 --t-max 16 --learning-rate 1e-3 --gamma 0.9 --ent-coef 0.1",
+    "a3c.py": "--num-workers 8 --t-max 16 --learning-rate 1e-3 --gamma 0.95 --ent-coef 0.1",
 }
 TARGETS = (-300, -200)  # mean returns of 20 training episodes
 

@@ -1,4 +1,4 @@
-"""Actions and observations as ddpg.py's environment takes and gives them."""
+"""Actions and observations as environments take and give them: Box actions of a3c.py and ddpg.py, all of ddpg.py."""
 
 import math
 
@@ -10,16 +10,18 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import a3c
 from ddpg import make_env
 
 
+@pytest.mark.parametrize("make_env", [a3c.make_env, make_env])
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.sampled_from([np.float32, np.float64]),
     st.sampled_from([(), (4,), (2, 2)]),
     st.lists(st.tuples(st.floats(-4e8, 4e8), st.floats(0, 5e8), st.floats(-1.5, 1.5)), min_size=4, max_size=4),
 )
-def test_box_actions_are_scaled_and_never_outside(dtype, shape, numbers):
+def test_box_actions_are_scaled_and_never_outside(make_env, dtype, shape, numbers):
     low, width, x = np.array(numbers).T[:, : math.prod(shape)].reshape(3, *shape)
     low, high = low.astype(dtype), (low + width).astype(dtype)
     space = spaces.Box(low, high, shape, dtype)
