@@ -39,8 +39,8 @@ MIN_VARIANCE = 0.01  # of a Gaussian policy: as the variance shrinks, its gradie
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"
-    """any id that gymnasium.make takes, with Discrete or Box actions; with images, too: MinAtar/Breakout-v1,
-    ale_py:PongNoFrameskip-v4"""
+    """any id that gymnasium.make takes, with Discrete actions or a Box with bounds; with images, too:
+    MinAtar/Breakout-v1, ale_py:PongNoFrameskip-v4"""
     seed: NonNegativeInt = 1
     """seed of everything random; with one worker, the same seed gives the same run"""
     total_timesteps: PositiveInt = 200_000
@@ -103,8 +103,8 @@ def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42)
     merged by their maximum, made grey and scaled down; four such images are stacked; rewards are clipped to [-1, 1].
     (`ALE/` games also repeat the last action at random.) All other observations become vectors.
 
-    A Box of actions becomes flat, too, and -1 and 1 stand for its bounds; actions beyond them are clipped. Discrete
-    actions count from 0.
+    A Box of actions, which needs bounds, becomes flat, too, and -1 and 1 stand for them; actions beyond are clipped.
+    Discrete actions count from 0.
 
     Raises:
         ValueError: the script cannot play it.
@@ -214,10 +214,10 @@ def numpy_convolutions(layers: nn.Sequential, shape: tuple[int, ...]) -> Iterato
 class ActorCritic(nn.Module):
     """The policy pi(a|s; theta) and the value function V(s; theta_v).
 
-    A Discrete policy is a softmax. A Box policy is a Gaussian whose mean (a tanh) and variance (a softplus, plus
-    MIN_VARIANCE) are outputs of the network. The paper's mean has no tanh: it may run far beyond the bounds, where all
-    draws act alike and nothing leads back. Where observations are images, policy and value share all but the last
-    layer.
+    A Discrete policy is a softmax. A Box policy is a Gaussian whose mean (through a tanh) and variances (a softplus,
+    plus MIN_VARIANCE) are outputs of the network. The paper's mean is linear: it may run so far beyond a bound that all
+    draws are clipped to it, and none is better than another. At a bound, half of the draws lie inside. Where
+    observations are images, policy and value share all but the last layer.
 
     The attribute `theta` is one vector with the lecture's theta and theta_v. Every parameter is a view of it: writing
     to it changes the networks. Processes can share it.
@@ -257,7 +257,8 @@ class ActorCritic(nn.Module):
     def act(self, observation: np.ndarray, rng: np.random.Generator | None = None):
         """Draw a ~ pi(a|s; theta) for one observation, a vector or an image; without `rng` take the likeliest.
 
-        Returns an index, or the Gaussian's draw, shape (action_size,).
+        Returns an index, or the Gaussian's draw, shape (action_size,). It may lie beyond -1 and 1: the environment then
+        clips it; log pi is that of the draw as it is.
         """
         x = self.outputs(observation)
         if self.discrete:  # argmax of the logits plus Gumbel noise (minus the log of an exponential variable): a draw

@@ -224,6 +224,10 @@ class HugeBounds(Probe):
     action_space = spaces.Box(-1e10, 1e10, (1,), np.float64)
 
 
+class NoUpperBound(Probe):
+    action_space = spaces.Box(np.array([0, -1], np.float32), np.array([1, np.inf], np.float32))
+
+
 class IntegerBox(Probe):
     action_space = spaces.Box(0, 5, (1,), np.int64)
 

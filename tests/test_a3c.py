@@ -52,8 +52,8 @@ def test_spaces_are_flat_or_refused(monkeypatch):
         assert make_env("probes:Constant-v0").observation_space.shape == (size,)
     assert make_env("probes:DictObservation-v0").reset()[0].shape == (11,)
     monkeypatch.setattr(probes.Constant, "action_space", spaces.Tuple([spaces.Discrete(2)]))
-    for name in "Words", "Constant", "ManyActions", "IntegerBox", "HugeBounds", "Target":
-        with pytest.raises(ValueError, match=r"observations|images|actions"):
+    for name in "Words", "Constant", "ManyActions", "IntegerBox", "HugeBounds", "Target", "NoUpperBound":
+        with pytest.raises(ValueError, match=r"observations|images|^a3c\.py needs"):
             make_env(f"probes:{name}-v0")
     env = make_env("CartPole-v1", "rgb_array")
     assert (env.render_mode, "Checker" in str(env)) == ("rgb_array", False)
@@ -75,7 +75,7 @@ def test_network_agrees_with_torch_distributions(space):
 @pytest.mark.parametrize("space", SPACES)
 def test_actions_are_drawn_from_the_policy(space):
     model, rng, observation = make_model(space), np.random.default_rng(0), np.array([0.5, -1, 2], np.float32)
-    model.actor[-1].bias.data -= 4  # makes a Gaussian narrow
+    model.actor[-1].bias.data[2:] -= 4  # makes a Gaussian narrow, and an action rare
     policy, _ = policy_and_value(model, observation)
     draws = np.array([model.act(observation, rng) for _ in range(10_000)])
     if model.discrete:
@@ -282,7 +282,11 @@ def test_probe_is_learned(env_id):
         assert action is None or policy.probs[action] > 0.9
 
 
-def test_probe_with_continuous_actions_is_learned():
-    model, _ = work("BoundedTarget", num_workers=1, total_timesteps=4000, learning_rate=0.01)
-    for sign, target in (1, (0.4, -0.25)), (-1, (-0.6, 0.5)):
-        np.testing.assert_allclose(model.act(np.array([sign], np.float32)), target, atol=0.1)
+@pytest.mark.parametrize(
+    ("env_id", "best"),
+    [("BoundedTarget", {1: (0.4, -0.25), -1: (-0.6, 0.5)}), ("BoundedByLaterAction", {1: (1, -1)})],  # at the bounds
+)
+def test_probe_with_continuous_actions_is_learned(env_id, best):
+    model, _ = work(env_id, num_workers=1, total_timesteps=4000, learning_rate=0.01)
+    for observation, action in best.items():
+        np.testing.assert_allclose(model.act(np.array([observation], np.float32)), action, atol=0.1)

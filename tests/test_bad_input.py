@@ -78,6 +78,7 @@ def test_what_no_script_takes(refuse, script, arguments, text):
         (a3c, ("--ent-coef", "nan"), "--ent-coef must be at least 0, not nan"),
         (a3c, ("--max-grad-norm", 0), "--max-grad-norm must be above 0"),
         (a3c, ("--rmsprop-alpha", -0.1), "--rmsprop-alpha must be between 0 and 1"),
+        (a3c, ("--env-id", "probes:Target-v0"), "a3c.py needs Discrete actions or a Box of real numbers with bounds"),
         (a3c, ("--env-id", "image_probes:NarrowImages-v0"), "its images have a side of less than 3"),
         (async_qlearning, ("--env-id", "image_probes:NarrowImages-v0"), "its images have a side of less than 3"),
         (gae, ("--env-id", "image_probes:Images-v0"), "a vector of numbers (images: a3c.py)"),
