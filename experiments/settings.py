@@ -29,6 +29,7 @@ SETTINGS = {
         "--num-workers 8 --target sarsa",
         "--num-workers 8 --n-step 32",
         "--env-id Acrobot-v1 --total-timesteps 1000000 --target-network-frequency 2000",
+        "--env-id Acrobot-v1 --total-timesteps 1000000 --target-network-frequency 2000 --n-step 32",
     ],
     "gae.py": [
         "--env-id Acrobot-v1 --total-timesteps 300000",
