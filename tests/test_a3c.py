@@ -11,7 +11,6 @@ import numpy as np
 import probes
 import pytest
 import torch
-from conftest import received
 from gymnasium import spaces
 from torch.distributions import Categorical, Independent, Normal
 
@@ -38,12 +37,6 @@ def policy_and_value(model: ActorCritic, observation) -> tuple[torch.distributio
     mean, raw_variance = outputs.split(outputs.shape[-1] // 2, -1)
     stddev = torch.sqrt(torch.log(1 + torch.exp(raw_variance)) + 0.01)
     return Independent(Normal(torch.tanh(mean), stddev), 1), V
-
-
-def test_discrete_actions_count_from_0():
-    for start in (0, -1, 4):
-        expected = [start, start + 1, start + 2], spaces.Discrete(3)
-        assert received(make_env, spaces.Discrete(3, start=start), range(3)) == expected
 
 
 def test_spaces_are_flat_or_refused(monkeypatch):

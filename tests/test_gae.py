@@ -1,7 +1,6 @@
 """gae.py: its parts against their definitions, the training loop, and probe environments."""
 
 import copy
-import inspect
 import itertools
 import signal
 from functools import partial
@@ -17,7 +16,6 @@ from torch.distributions import Categorical, MultivariateNormal, kl_divergence
 from torch.func import functional_call, jacrev
 from torch.nn import Linear, Sequential, Tanh
 
-import a3c
 import gae
 from gae import ActorCritic, Args, compute_gae, conjugate_gradients, fisher_vector_product
 
@@ -51,9 +49,7 @@ def policy_at(model: ActorCritic, theta: torch.Tensor, inputs: torch.Tensor) -> 
     return Categorical(logits=outputs) if model.discrete else MultivariateNormal(outputs, parts[-1].exp().diag() ** 2)
 
 
-def test_actions_are_those_of_a3c_and_outputs_begin_small():
-    theirs, ours = (inspect.getsource(script.make_env).partition("env.action_space") for script in (a3c, gae))
-    assert ours[2] == theirs[2].replace("A3C here", "gae.py") != ""
+def test_outputs_begin_small():
     model = ActorCritic(3, SPACES[1])
     assert [layer.weight[0].norm().item() for layer in (model.actor[-1], model.critic[-1])] == pytest.approx([0.01, 1])
     assert not model.log_std.any()
