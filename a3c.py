@@ -44,7 +44,7 @@ class Args:
     seed: NonNegativeInt = 1
     """seed of everything random; with one worker, the same seed gives the same run"""
     total_timesteps: PositiveInt = 200_000
-    """T_max: environment steps of all workers together"""
+    """T_max: environment steps of all workers together; each then ends its segment"""
     num_workers: PositiveInt = 8
     """workers, each with an environment of its own"""
     backend: Literal["auto", "thread", "process"] = "auto"
@@ -100,7 +100,7 @@ def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42)
 
     Images stay bytes or bools, with channels first. (They come last if the first side is not shorter than both others.)
     Atari is played as in the paper: up to 30 no-ops at the start; each action is held for 4 frames; the last two are
-    merged by their maximum, made grey and scaled down; four such images are stacked; rewards are clipped to [-1, 1].
+    made grey, merged by their maximum and scaled down; four such images are stacked; rewards are clipped to [-1, 1].
     (`ALE/` games also repeat the last action at random.) All other observations become vectors.
 
     A Box of actions, which needs bounds, becomes flat, too, and -1 and 1 stand for them; actions beyond are clipped.
@@ -367,13 +367,13 @@ class Shared:
     def __init__(self, theta: torch.Tensor, args: Args, new_queue: Callable):
         self.theta, self.args = theta, args
         self.g = torch.zeros_like(theta).share_memory_()  # RMSProp's mean of squared gradients
-        self.steps = multiprocessing.RawArray("q", args.num_workers)  # t of each worker
+        self.steps = multiprocessing.RawArray("q", args.num_workers)  # of each worker; T is their sum
         # A row for each worker: the sum of each metric and, last, the number of updates
         self.sums = torch.zeros(args.num_workers, len(METRICS) + 1, dtype=torch.float64).share_memory_()
         self.done = multiprocessing.RawArray("b", args.num_workers)
         self.stop = multiprocessing.RawValue("b")
         self.episodes = [new_queue() for _ in range(args.num_workers)]
-        self.known_sums = np.zeros(1 + len(METRICS))  # by the main process, with the last call of `means`
+        self.known_sums = np.zeros(1 + len(METRICS))  # at the last call of `means`, which only the main process makes
 
     @property
     def T(self) -> int:
@@ -381,7 +381,7 @@ class Shared:
         return sum(self.steps[:])
 
     def count_step(self, worker: int, episode: dict | None = None) -> None:
-        """t <- t + 1, and with it T <- T + 1.
+        """T <- T + 1, in the worker's own count.
 
         `episode` is what `RecordEpisodeStatistics` tells of one that ends with this step. It is reported first: whoever
         reads T, and then the reports, gets every episode whose last step is in T.

@@ -43,7 +43,7 @@ class Args:
     seed: NonNegativeInt = 1
     """seed of everything random; with one worker, the same seed gives the same run"""
     total_timesteps: PositiveInt = 500_000
-    """T_max: environment steps of all workers together"""
+    """T_max: environment steps of all workers together, and up to one more of each"""
     num_workers: PositiveInt = 8
     """workers, each with an environment of its own"""
     backend: Literal["auto", "thread", "process"] = "auto"
@@ -108,7 +108,7 @@ def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42)
 
     Images stay bytes or bools, with channels first. (They come last if the first side is not shorter than both others.)
     Atari is played as in the paper: up to 30 no-ops at the start; each action is held for 4 frames; the last two are
-    merged by their maximum, made grey and scaled down; four such images are stacked; rewards are clipped to [-1, 1].
+    made grey, merged by their maximum and scaled down; four such images are stacked; rewards are clipped to [-1, 1].
     (`ALE/` games also repeat the last action at random.) All other observations become vectors.
 
     Raises:
@@ -243,7 +243,7 @@ class QNetwork(nn.Module):
         return int((x @ weight + bias).argmax())
 
 
-def td_targets(rewards: torch.Tensor, next_values: torch.Tensor, gamma: float, n_step: int = 1) -> torch.Tensor:
+def td_targets(rewards: torch.Tensor, next_values: torch.Tensor, gamma: float, n_step: int) -> torch.Tensor:
     """The targets y of a segment (Mnih et al. 2016, algorithm 1; with n_step >= n those of algorithm S2).
 
     Each is the discounted sum of the next n_step rewards, fewer where the segment ends, and of the value after them.
@@ -304,7 +304,7 @@ def rmsprop_step(theta: torch.Tensor, g: torch.Tensor, d_theta: torch.Tensor, le
 
 
 def final_epsilons(args: Args) -> np.ndarray:
-    """What each worker's epsilon ends at, in ascending order, shape (num_workers,) (Mnih et al. 2016, section 5.1).
+    """What each worker's epsilon ends at, in ascending order, shape (num_workers,) (Mnih et al. 2016, supplement).
 
     The paper draws each one from a distribution. Here worker i gets its quantile (i + 1/2) / num_workers: the share of
     workers with each epsilon is right to within one worker. `fail`s if the arguments are no distribution.
@@ -331,8 +331,8 @@ METRICS |= dict.fromkeys(("learning_rate", "epsilon"), "charts")
 class Shared:
     """All that workers share, and their only way to it: memory that threads and processes see alike, without locks.
 
-    Counts and sums have a row for each worker, so that none is lost; theta and g are written by all. On processors that
-    reorder writes, a row of metrics may include an update a moment before T includes its steps.
+    Counts and sums have a row for each worker, so that none is lost; theta, theta- and g are written by all. On
+    processors that reorder writes, a row of metrics may include an update a moment before T includes its steps.
 
     Args:
         theta: the global parameters, in shared memory.
@@ -344,14 +344,14 @@ class Shared:
         self.theta, self.args = theta, args
         self.g = torch.zeros_like(theta).share_memory_()  # RMSProp's mean of squared gradients
         self.theta_target = theta.clone().share_memory_()  # theta-
-        self.target_updates = multiprocessing.RawValue("q")
-        self.steps = multiprocessing.RawArray("q", args.num_workers)  # t of each worker
+        self.target_updates = multiprocessing.RawValue("q")  # multiples of I_target passed at the last update
+        self.steps = multiprocessing.RawArray("q", args.num_workers)  # of each worker; T is their sum
         # A row for each worker: the sum of each metric and, last, the number of updates
         self.sums = torch.zeros(args.num_workers, len(METRICS) + 1, dtype=torch.float64).share_memory_()
         self.done = multiprocessing.RawArray("b", args.num_workers)
         self.stop = multiprocessing.RawValue("b")
         self.episodes = [new_queue() for _ in range(args.num_workers)]
-        self.known_sums = np.zeros(1 + len(METRICS))  # by the main process, with the last call of `means`
+        self.known_sums = np.zeros(1 + len(METRICS))  # at the last call of `means`, which only the main process makes
 
     @property
     def T(self) -> int:
@@ -359,7 +359,7 @@ class Shared:
         return sum(self.steps[:])
 
     def count_step(self, worker: int, episode: dict | None = None) -> None:
-        """t <- t + 1, and with it T <- T + 1.
+        """T <- T + 1, in the worker's own count.
 
         `episode` is what `RecordEpisodeStatistics` tells of one that ends with this step. It is reported first: whoever
         reads T, and then the reports, gets every episode whose last step is in T.
@@ -424,7 +424,7 @@ def worker(index: int, args: Args, shared: Shared, first_step: int) -> None:
     observations[0], _ = env.reset(seed=int(rng.integers(2**31)))
     actions, rewards, t = [], [], 0
 
-    stopped = False  # by `shared.stop`: then the steps since the last update are learned at once, and the loop ends
+    stopped = False  # once `shared.stop` is set: the steps since the last update are learned, and the loop ends
     while (T := shared.T) <= args.total_timesteps and not stopped:  # until T > T_max
         n = len(rewards)  # steps since the last update; s is observations[n]
         # Take action a with epsilon-greedy policy based on Q(s, a; theta)

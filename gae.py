@@ -48,7 +48,7 @@ class Args:
     gamma: Fraction = 0.99
     """discount factor"""
     gae_lambda: Fraction = 0.95
-    """lambda: 0 has the least variance and the most bias, 1 no bias and the most variance"""
+    """lambda: 0 has the least variance and the most bias, 1 the most variance and the least bias"""
     trust_region: bool = True
     """update the policy inside a trust region; without: one step of Adam on the same loss"""
     max_kl: PositiveFloat = 0.02
@@ -131,7 +131,7 @@ class RunningStatistics(nn.Module):
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("var", torch.zeros(size))
         self.register_buffer("std", torch.ones(size))
-        self.register_buffer("count", torch.tensor(0.0, dtype=torch.float64))
+        self.register_buffer("count", torch.tensor(0.0))
 
     def update(self, data: np.ndarray, memory: float = math.inf) -> None:
         """Take in `data`, shape (n, size). What came before weighs as much as `memory` vectors at most."""
@@ -146,7 +146,7 @@ class ActorCritic(nn.Module):
     """The policy pi(a|s; theta) and the value function V(s).
 
     A Discrete policy is a softmax. A Box policy is a Gaussian whose mean is the network's output and whose standard
-    deviation is a parameter by itself.
+    deviation has a parameter of its own, its logarithm.
 
     The attribute `theta` is one vector of which every parameter of the policy is a view: writing to it changes the
     policy. The networks see normalised observations, and the critic's output is a normalised return, which `value`
@@ -232,7 +232,7 @@ def compute_gae(rewards, values, next_values, terminated, truncated, gamma: floa
     terminal state is 0. A time limit is not terminal: there, and where the batch ends, V(s_{t+1}) stands for what is
     beyond.
 
-    Args: arrays of shape (steps, environments)
+    Args: the first five are arrays of shape (steps, environments)
         rewards: r_t.
         values: V(s_t).
         next_values: V(s_{t+1}) of the observation that followed, before any reset.
@@ -259,21 +259,21 @@ def flat_grad(output: torch.Tensor, parameters: list[nn.Parameter], **options) -
 
 
 def fisher_vector_product(kl: torch.Tensor, parameters: list[nn.Parameter], damping: float):
-    """v -> (F + damping I) v, with the Fisher matrix F as the Hessian of the mean KL divergence from the old policy.
+    """v -> F v: the Fisher matrix, the Hessian of the mean KL divergence from the old policy, plus damping I, times v.
 
-    F is never built: F v is the gradient of (gradient of KL) . v (Schulman et al. 2015, appendix C.1).
+    F is never built: the Hessian times v is the gradient of (gradient of KL) . v (Schulman et al. 2015, appendix C.1).
     """
     d_kl = flat_grad(kl, parameters, create_graph=True)
     return lambda v: flat_grad(d_kl @ v, parameters, retain_graph=True) + damping * v
 
 
-def conjugate_gradients(product, b: torch.Tensor, iterations: int, tolerance: float = 1e-10) -> torch.Tensor:
-    """Solve A x = b for the positive definite matrix A that `product` multiplies by. Shapes (n,)."""
+def conjugate_gradients(product, b: torch.Tensor, iterations: int) -> torch.Tensor:
+    """Solve A x = b, nearly, for the positive definite matrix A that `product` multiplies by. Shapes (n,)."""
     x = torch.zeros_like(b)
     residual = direction = b
     squared = residual @ residual
     for _ in range(iterations):
-        if squared <= tolerance * (b @ b):
+        if squared <= 1e-10 * (b @ b):
             break
         A_direction = product(direction)
         alpha = squared / (direction @ A_direction)
@@ -445,8 +445,8 @@ def main(args: Args) -> int:
         while T < args.total_timesteps:
             left = args.total_timesteps - T
             is_first = args.norm_obs and T == 0
-            # Steps are divided evenly over the batches. The first batch, at most a hundredth of the steps, is played by
-            # the untrained policy and only measures the observations.
+            # Steps are divided evenly over the batches. With norm_obs the first one, about a hundredth of the steps at
+            # most, is played by the untrained policy and only measures the observations.
             batches = max(100 if is_first else 1, math.ceil(left / args.batch_size))
             steps = math.ceil(left / batches / args.num_envs)
             batch = collect(model, envs, current, steps, T, run, rng)

@@ -57,7 +57,7 @@ def load_checkpoint(args, script: str) -> dict | None:
         return None
     with failing(f"'{folder}' holds no checkpoint.pt, or a damaged one"):
         checkpoint = torch.load(Path(folder) / "checkpoint.pt", weights_only=True, map_location="cpu")
-        origin, _ = checkpoint["script"], checkpoint["args"]["env_id"]
+        origin, _ = checkpoint["script"], checkpoint["args"]["env_id"]  # without either it is none
     if origin != script:
         fail(f"{folder} is a run of {origin}.py, not of {script}.py")
     return checkpoint

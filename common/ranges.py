@@ -16,8 +16,8 @@ class Range(NamedTuple):
 
 PositiveInt = Annotated[int, Range("at least 1", lambda x: x >= 1)]
 NonNegativeInt = Annotated[int, Range("at least 0", lambda x: x >= 0)]
-PositiveFloat = Annotated[float, Range("above 0", lambda x: 0 < x < math.inf)]
-NonNegativeFloat = Annotated[float, Range("at least 0", lambda x: 0 <= x < math.inf)]
+PositiveFloat = Annotated[float, Range("above 0 and finite", lambda x: 0 < x < math.inf)]
+NonNegativeFloat = Annotated[float, Range("at least 0 and finite", lambda x: 0 <= x < math.inf)]
 Fraction = Annotated[float, Range("between 0 and 1", lambda x: 0 <= x <= 1)]
 
 

@@ -3,7 +3,7 @@
     pip install -r experiments/requirements.txt
     python experiments/a3c_vs_peers.py
 
-About 20 minutes on two idle cores; `--seeds 21 --speed-steps 20000 --budget 50000` is a trial of two minutes.
+20 to 35 minutes on two idle cores; `--seeds 21 --speed-steps 20000 --budget 50000` is a trial of two minutes.
 
 Speed: steps per second of all workers or environments together, over the same number of steps for everyone. Workers
 begin one after the other, as they are ready: the rate is taken from the moment when a tenth of the steps is over and

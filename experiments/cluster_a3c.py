@@ -3,9 +3,9 @@
     pip install -r requirements.txt -r experiments/requirements-ray.txt
     python experiments/cluster_a3c.py --num-workers 64 --env-id MinAtar/Breakout-v1
 
-The worker is the script's own, unchanged. Only what workers share is another object: theta, the optimiser's statistics
-and T live in a parameter server, an actor of Ray. A worker calls it once for each segment; it sends d theta, its steps
-and its episode and gets theta and T. Between the calls it works on its copy.
+The worker is the script's own, unchanged. Only what they share is another object: theta (and theta-), the optimiser's
+statistics and T live in a parameter server, an actor of Ray. A worker calls it once for each segment; it sends d theta,
+its steps and its episode and gets theta and T, and theta- when it is new. Between the calls it works on its copy.
 
 Without --address and RAY_ADDRESS, Ray is started on this machine alone. A worker that is lost, or whose machine is, is
 started again where there is room. Without room, the run goes on without it. The run's folder is that of the script,

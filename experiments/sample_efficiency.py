@@ -3,7 +3,7 @@
     pip install -r experiments/requirements.txt
     python experiments/sample_efficiency.py
 
-About 45 minutes on two idle cores; `--seeds 21 --ddpg-steps 5000 --a3c-steps 50000` is a trial of one. ddpg.py, which
+20 to 45 minutes on two idle cores; `--seeds 21 --ddpg-steps 5000 --a3c-steps 50000` is a trial of one. ddpg.py, which
 is off-policy and learns from each transition many times, has its defaults and 10,000 steps. a3c.py, which is on-policy
 and throws each away after one update, has 8 workers, 1,500,000 steps, and settings that suit Pendulum-v1.
 

@@ -15,14 +15,15 @@ import ddpg
 import gae
 from common.ranges import _ranges
 
-COUNT, NOT_NEGATIVE, POSITIVE, FRACTION = "at least 1", "at least 0", "above 0", "between 0 and 1"
+COUNT, NATURAL, FRACTION = "at least 1", "at least 0", "between 0 and 1"
+POSITIVE, NOT_NEGATIVE = "above 0 and finite", "at least 0 and finite"
 CHOICE = None  # no number
 EVERYWHERE = {
-    "seed": (1, NOT_NEGATIVE),
+    "seed": (1, NATURAL),
     "gamma": (0.99, FRACTION),
     "log_interval": (5000, COUNT),
     "log_dir": ("runs", CHOICE),
-    "eval_episodes": (20, NOT_NEGATIVE),
+    "eval_episodes": (20, NATURAL),
     "capture_video": (False, CHOICE),
     "evaluate": (None, CHOICE),
     "resume": (None, CHOICE),
@@ -79,7 +80,7 @@ ARGUMENTS = {
     | {
         "env_id": ("Pendulum-v1", CHOICE),
         "total_timesteps": (10_000, COUNT),
-        "learning_starts": (1_000, NOT_NEGATIVE),
+        "learning_starts": (1_000, NATURAL),
         "buffer_size": (1_000_000, COUNT),
         "batch_size": (64, COUNT),
         "learning_rate": (1e-3, POSITIVE),
