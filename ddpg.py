@@ -28,7 +28,7 @@ from common.run import Run, seed_everything
 
 SCRIPT = Path(__file__).stem
 HIDDEN = 256  # units of each of the two hidden layers (the paper has 400 and 300); with images 200, as in the paper
-METRICS_EVERY = 50  # a row of metrics.csv is a mean over every 50th update and the last one before it
+METRICS_EVERY = 50  # a row of metrics.csv is a mean over the updates at multiples of 50 steps and of --log-interval
 
 
 @dataclass
@@ -71,11 +71,11 @@ class Args:
     gumbel_temperature: PositiveFloat = 1.0
     """temperature of the Gumbel-Softmax samples that replace mu(s) and its noise where actions are Discrete"""
     logit_penalty: NonNegativeFloat = 1e-3
-    """weight of the mean squared output in the actor's loss: it keeps Discrete policies uncertain, and tanh away from
-    its bounds with --pixels; not in the paper"""
+    """weight of the mean squared output in the actor's loss, with Discrete actions, which it keeps uncertain, and with
+    images (--pixels), where it keeps tanh from its bounds; not in the paper"""
     pixels: bool = False
     """learn from rendered images alone, 64x64; each action is held for three steps, which are all seen, as in the
-    paper"""
+    paper; for Box actions only"""
     num_threads: PositiveInt = 1
     """threads that torch uses; a second one helps with large minibatches if a core is free"""
     log_interval: PositiveInt = 1_000
@@ -307,7 +307,7 @@ class ReplayBuffer:
         self.saved = self.count
 
     def save(self, path: Path) -> None:
-        """Write the transitions since the last call into the file, and what may have changed of the one before."""
+        """Write the rows since the last call into the file, and the one before: an image gets its action later."""
         new = np.arange(max(0, self.saved - 1, self.count - self.capacity), self.count) % self.capacity
         np.load(path, mmap_mode="r+")[new] = self.rows[new]
         self.saved = self.count
@@ -323,15 +323,16 @@ class ReplayBuffer:
             raise ValueError(f"{path} has rows of {rows.dtype}, not of {self.rows.dtype}")
         kept = np.arange(max(0, count - self.capacity), count)
         for part in np.array_split(kept, 1 + len(kept) // 1_000):  # all at once would take twice the memory
-            self.rows[part % self.capacity] = rows[part % len(rows)]  # a lost transition's place has a later one's copy
+            self.rows[part % self.capacity] = rows[part % len(rows)]  # a later one in place of one that is lost
         self.count = count
 
 
 class ImageReplayBuffer(ReplayBuffer):
     """R for images: each is kept once, as bytes, for the transition that it ends and for the one that it begins.
 
-    A row is an image, the action taken there, r, whether s' is terminal, and whether s' is the image of the next row.
-    It takes 36,864 bytes and a few, and each episode has a row more than transitions.
+    A row is an image, the action taken there, r, whether s' is terminal, and whether an action was taken there at all
+    (goes_on): then s' is the image of the next row. It takes 36,864 bytes and a few, and each episode has a row more
+    than transitions.
     """
 
     def __init__(self, capacity: int, shape: tuple[int, ...], action_size: int):
@@ -370,7 +371,7 @@ class ImageReplayBuffer(ReplayBuffer):
     def load(self, path: Path, count: int) -> None:
         """As `ReplayBuffer.load`."""
         super().load(path, count)
-        self.rows["goes_on"][(count - 1) % self.capacity] = False  # the file may know of a step more than the run
+        self.rows["goes_on"][(count - 1) % self.capacity] = False  # the file may be newer than the checkpoint
 
 
 class OrnsteinUhlenbeckNoise:
@@ -469,7 +470,7 @@ METRICS |= dict.fromkeys(("noise_std", "learning_rate"), "charts")
 
 
 def check_space(args: Args, row_size: int) -> int:
-    """`fail` if the replay memory does not fit into memory or onto the disk. Returns how many transitions it takes."""
+    """`fail` if the replay memory does not fit into memory or onto the disk. Returns the buffer's capacity."""
     capacity = min(args.buffer_size, args.total_timesteps)
     folder = Path(args.resume or args.log_dir).absolute()
     disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
@@ -523,7 +524,7 @@ def main(args: Args) -> int:
 
     run = Run(SCRIPT, args, METRICS, {}, checkpoint)
     print(f"{SCRIPT}: {args.env_id}, replay memory {buffer.rows.nbytes / 2**20:,.1f} MiB, {run.folder}", flush=True)
-    latest = []  # metrics of every 50th update since the last row
+    latest = []  # metrics of the updates that count, since the last row
 
     def log_and_save() -> None:
         if latest:
@@ -577,7 +578,7 @@ def main(args: Args) -> int:
                 observation = np.array(env.reset()[0], dtype)
             if T % args.log_interval == 0:
                 log_and_save()
-            if T % METRICS_EVERY == 0:
+            if T % METRICS_EVERY == 0 or T == args.total_timesteps:
                 run.progress(T)
         env.close()
     with run:
