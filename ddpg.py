@@ -472,7 +472,7 @@ METRICS |= dict.fromkeys(("noise_std", "learning_rate"), "charts")
 def check_space(args: Args, row_size: int) -> int:
     """`fail` if the replay memory does not fit into memory or onto the disk. Returns the buffer's capacity."""
     capacity = min(args.buffer_size, args.total_timesteps)
-    folder = Path(args.resume or args.log_dir).absolute()
+    folder = Path(args.log_dir if args.resume is None else args.resume).absolute()
     disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
     free = min(psutil.virtual_memory().available, disk.free)
     if capacity * row_size > free:
@@ -506,7 +506,7 @@ def main(args: Args) -> int:
     if checkpoint:
         with failing(f"the checkpoint does not fit {args.env_id} as it is installed here"):
             model.load_state_dict(checkpoint["model"])
-            for name, optimizer in optimizers.items() if args.resume else ():
+            for name, optimizer in optimizers.items() if args.resume is not None else ():
                 # with the learning rates that are asked for now
                 optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["adam"][name]["state"]})
             replayed = checkpoint["replayed"]

@@ -28,7 +28,7 @@ from common.arguments import parse_args
 ROOT = Path(__file__).parent.parent
 SHORT = {  # arguments of runs that learn within 40 steps
     a3c: {"num_workers": 1, "t_max": 5},
-    async_qlearning: {"num_workers": 1, "train_frequency": 5},
+    async_qlearning: {"num_workers": 1, "train_frequency": 5, "target_network_frequency": 30},
     gae: {"num_envs": 1, "batch_size": 10, "norm_obs": False},
     ddpg: {"env_id": "CartPole-v1", "buffer_size": 1000, "learning_starts": 20, "batch_size": 8},
 }
@@ -177,7 +177,7 @@ class Child:
         return self.process.returncode, out, err
 
     def wait_for(self, name: str, lines: int = 0) -> Path:
-        """The run's folder, as soon as it holds a file of this name with more than so many lines."""
+        """The run's folder, as soon as it holds a file of this name with at least so many lines."""
 
         def find() -> Path | None:
             assert self.process.poll() is None, self.finish()

@@ -235,20 +235,29 @@ BACKENDS = [("auto", 2, True, "process"), ("auto", 2, False, "thread"), ("auto",
 
 @pytest.mark.parametrize(("backend", "num_workers", "gil", "expected"), [*BACKENDS, ("process", 1, False, "process")])
 def test_choice_of_the_backend(monkeypatch, tmp_path, backend, num_workers, gil, expected):
-    started = []
+    started, preloaded = [], []
 
     def new(kind, **arguments):
         started.append((kind, arguments["args"][0], arguments["args"][3]))
         return threading.Thread(**arguments)
 
     monkeypatch.setattr(threading.Thread, "kill", lambda self: None, raising=False)
-    context = SimpleNamespace(Process=partial(new, "process"), SimpleQueue=SimpleQueue, set_forkserver_preload=list)
+    context = SimpleNamespace(Process=partial(new, "process"), SimpleQueue=SimpleQueue)
+    context.set_forkserver_preload = preloaded.extend
     monkeypatch.setattr(a3c.multiprocessing, "get_context", lambda _: context)
     monkeypatch.setattr(a3c, "threading", SimpleNamespace(Thread=partial(new, "thread")))
     monkeypatch.setattr(a3c, "has_gil", lambda: gil)
     args = Args(backend=backend, num_workers=num_workers, total_timesteps=9, eval_episodes=0, log_dir=str(tmp_path))
     assert a3c.main(args) == 0
     assert started == [(expected, index, 0) for index in range(num_workers)]
+    assert expected == "thread" or {"gymnasium", "torch"} <= {*preloaded}
+
+
+def test_the_policy_trains_the_layers_that_it_shares():
+    model = ActorCritic((2, 8, 6), SPACES[0])
+    batch = torch.randint(256, (3, 2, 8, 6), dtype=torch.uint8), torch.tensor([0, 2]), [1.0, -2.0]
+    loss, _ = a3c_loss(model, *batch, True, Args(vf_coef=0.0))
+    assert any(gradient.any() for gradient in torch.autograd.grad(loss, list(model.body.parameters())))
 
 
 @pytest.mark.parametrize("backend", ["thread", "process"])

@@ -17,9 +17,12 @@ def test_time_begins_with_the_first_step(train, monkeypatch, script):
         shared.count_step(index)
         shared.done[index] = True
 
+    _, folder = train(script, total_timesteps=10)
     monkeypatch.setattr(script, "worker", late)
     monkeypatch.setattr(script.Run, "start", lambda run: begun.append(run) or start(run))
     assert train(script, total_timesteps=10)[0] == 0
+    begun.clear()
+    assert train(script, total_timesteps=50, resume=str(folder))[0] == 0
 
 
 @each_script(*WITH_WORKERS)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import WITH_WORKERS, each_script, load, tables
 
+import ddpg
+
 pytestmark = pytest.mark.usefixtures("nothing_is_left_running")
 
 # kill -9. A worker reports an episode before it counts the last step; the main process reads T, then the reports
@@ -134,3 +136,20 @@ def test_a_full_disk_spares_the_checkpoint(train, capfd, limit_file_size, script
     assert train(script, total_timesteps=10**9, resume=str(folder), eval_episodes=1)[0] == 1
     assert "Traceback" in capfd.readouterr().err
     assert (folder / "checkpoint.pt").read_bytes() == content
+
+
+def test_in_its_own_folder_ddpg_goes_on_with_its_optimisers(train, command, monkeypatch):
+    _, folder = train(ddpg, total_timesteps=40)
+    monkeypatch.chdir(folder)
+    assert command(ddpg, "--resume", "", "--total-timesteps", 60, "--eval-episodes", 0) == 0
+    assert load(folder)["adam"]["critic"]["state"][0]["step"] == 41  # 21 + 20
+
+
+@each_script()
+def test_in_its_own_folder_a_run_is_evaluated(train, command, monkeypatch, script):
+    _, folder = train(script, total_timesteps=40)
+    monkeypatch.chdir(folder)
+    before = (folder / "checkpoint.pt").read_bytes()
+    assert command(script, "--evaluate", "", "--eval-episodes", 1) == 0
+    assert (folder / "evaluation.json").exists()
+    assert (folder / "checkpoint.pt").read_bytes() == before

@@ -242,6 +242,8 @@ def test_discrete_targets_are_values_of_a_sample():
     s, a, r, s_next, terminated = batch
     errors = r + 0.9 * (1 - terminated) * outputs(model.target_critic, s_next)[:, 1] - outputs(model.critic, s)[a == 1]
     torch.testing.assert_close(ddpg.critic_loss(model, batch, Args(gamma=0.9))[0], errors.square().mean())
+    parts(model.target_actor, nn.Linear)[-1].bias.data.zero_()  # now all are drawn
+    assert len({ddpg.critic_loss(model, batch, Args(gamma=0.9))[0].item() for _ in range(5)}) > 1
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])

@@ -151,3 +151,12 @@ def test_the_seed_decides_how_networks_begin(train, script):
     first, second = (torch.load(run / "checkpoint.pt", weights_only=True)["model"] for run in runs)
     weights = [name for name in first if name.endswith("weight")]
     assert np.mean([torch.allclose(first[name], second[name], atol=1e-3) for name in weights]) == 0
+
+
+@each_script()
+def test_all_random_numbers_are_of_the_seed(train, monkeypatch, script):
+    seeds, seed = [], script.seed_everything
+    monkeypatch.setattr(script, "seed_everything", lambda *which: seeds.append(which[0]) or seed(*which))
+    train(script, seed=7, total_timesteps=10)
+    assert len(seeds) == (2 if script in WITH_WORKERS else 1)
+    assert set(seeds) == {7}

@@ -127,12 +127,12 @@ def test_nan_stops_the_run_and_spares_the_checkpoint(train, capfd, script, env_i
 @each_script()
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 def test_parameters_that_overflow_are_never_saved(train, capfd, script):
-    code, folder = train(script, learning_rate=1e38, eval_episodes=1, **FOR_EVER)
+    _, folder = train(script, total_timesteps=40)
+    code, _ = train(script, learning_rate=1e38, eval_episodes=1, resume=str(folder), **FOR_EVER)
     assert code == 1
     assert re.search(r"(nan|inf|not finite).* at step \d+", capfd.readouterr().err)
     assert not (folder / "evaluation.json").exists()
-    if (folder / "checkpoint.pt").exists():
-        assert all(tensor.isfinite().all() for tensor in load(folder)["model"].values())
+    assert all(tensor.isfinite().all() for tensor in load(folder)["model"].values())
 
 
 @each_script()
@@ -184,7 +184,7 @@ def test_a_worker_that_raises_does_not_wait_for_one_that_hangs(train, capfd, mon
     assert code == 1
     err = capfd.readouterr().err
     assert "the probe broke" in err
-    assert re.search(r"worker [01] has failed", err)
+    assert len(re.findall(r"worker [01] has failed", err)) == 1
     assert check_saved(folder) > 0
 
 
@@ -235,8 +235,8 @@ def test_what_an_environment_starts_gets_signals(train, script, backend):
 
 @pytest.mark.parametrize(
     ("script", "number", "code"),
-    [(a3c, signal.SIGINT, 130), (async_qlearning, signal.SIGTERM, 143)],
-    ids=["a3c-SIGINT", "async_qlearning-SIGTERM"],
+    [(a3c, signal.SIGINT, 130), (a3c, signal.SIGTERM, 143), (async_qlearning, signal.SIGTERM, 143)],
+    ids=["a3c-SIGINT", "a3c-SIGTERM", "async_qlearning-SIGTERM"],
 )
 def test_a_signal_to_the_whole_process_group_saves(start, script, number, code):
     """As a terminal, `timeout` and SLURM send it."""

@@ -1,6 +1,7 @@
 """What main and the workers hand on: the right one of several things, at the right time."""
 
 import copy
+import json
 import os
 import queue
 import re
@@ -23,7 +24,7 @@ import gae
 
 @each_script(*WITH_WORKERS)
 def test_rows_and_checkpoints_come_once_an_interval(train, monkeypatch, script):
-    """Thirty steps within a second, of which the main process sees about twenty states."""
+    """Thirty steps within a second, of which the main process sees about twenty states; and a late one."""
 
     def steady(index, args, shared, first_step):
         for _ in range(30):
@@ -31,16 +32,21 @@ def test_rows_and_checkpoints_come_once_an_interval(train, monkeypatch, script):
             shared.log(index, dict.fromkeys(script.METRICS, 1.0))
             shared.count_step(index)
             wait_until(lambda: len(saved) >= shared.T // 10, seconds=10)
+        shared.count_step(index)
+        before = len(looks)
+        wait_until(lambda: len(looks) > before + 3, seconds=10)
         shared.done[index] = True
 
-    saved, save = [], script.Run.save
+    saved, save, looks, progress = [], script.Run.save, [], script.Run.progress
+    monkeypatch.setattr(script.Run, "progress", lambda run, step: looks.append(step) or progress(run, step))
     monkeypatch.setattr(script, "worker", steady)
     monkeypatch.setattr(script.Run, "save", lambda run, step, **state: saved.append(step) or save(run, step, **state))
     code, folder = train(script, total_timesteps=30, log_interval=10)
     assert code == 0
     assert len(tables(folder)[1]) <= 4
-    assert len(saved) <= 4
-    assert saved[-1] == 30
+    assert len(saved) == 4
+    assert saved[2:] == [30, 31]
+    assert len(looks) < 1000  # or the main process takes a core from the workers
 
 
 def test_each_worker_has_its_own_final_epsilon(monkeypatch):
@@ -51,6 +57,11 @@ def test_each_worker_has_its_own_final_epsilon(monkeypatch):
         shared = async_qlearning.Shared(async_qlearning.QNetwork((3,), 2).theta, args, queue.SimpleQueue)
         async_qlearning.worker(index, args, shared, 0)
         assert set(seen) == {epsilon}
+
+
+def test_args_json_has_the_final_epsilons(train):
+    _, folder = train(async_qlearning, num_workers=3, backend="thread", total_timesteps=10)
+    assert json.loads((folder / "args.json").read_text())["epsilons"] == [0.01, 0.1, 0.5]
 
 
 def test_the_greedy_policy_of_ddpg_is_the_actor_and_not_its_target(train, monkeypatch):
@@ -142,13 +153,15 @@ def test_a_failure_is_the_exit_code_of_the_program(monkeypatch, tmp_path, script
 
 @each_script()
 def test_the_terminal_tells_what_is_run_where_and_how_far_it_is(train, monkeypatch, capsys, script):
-    steps, progress = [], script.Run.progress
+    steps, flushed, progress = [], [], script.Run.progress
     monkeypatch.setattr(script.Run, "progress", lambda run, step: steps.append(step) or progress(run, step))
+    monkeypatch.setattr(script, "print", lambda *a, flush: flushed.append(flush) or print(*a), raising=False)
     _, folder = train(script, total_timesteps=100)
     first, *_ = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{script.SCRIPT}: {load(folder)['args']['env_id']}, ")
     assert first.endswith(f", {folder}")
     assert steps[-1] >= 100
+    assert flushed == [True]  # in a pipe, too, it is there while the run goes on
 
 
 @each_script()
@@ -206,11 +219,14 @@ def test_episodes_are_written_in_the_order_of_their_steps(train, monkeypatch, sc
         shared.steps[index] = 9
         shared.done[index] = True
 
-    episodes = [[(step, worker, {"r": 1.0, "l": 1}, 0.0) for step, worker in ((3, 0), (8, 0), (2, 1), (5, 1))]]
+    now = time.monotonic()
+    steps = (3, 0), (8, 0), (2, 1), (5, 1)
+    episodes = [[(step, worker, {"r": 1.0, "l": 1}, now + 10 * step) for step, worker in steps]]
     monkeypatch.setattr(script, "worker", work)
     monkeypatch.setattr(script.Shared, "reported", lambda shared: episodes.pop() if episodes else [])
     _, folder = train(script, total_timesteps=8)
     assert tables(folder)[0]["step"].tolist() == [2, 3, 5, 8]
+    np.testing.assert_allclose(tables(folder)[0]["time"].diff()[1:], [10, 20, 30], atol=1e-3)
 
 
 @each_script(*WITH_WORKERS)
@@ -265,6 +281,11 @@ def test_what_gae_has_measured_is_in_its_checkpoint():
     np.testing.assert_array_equal(other.normalize(observations), model.normalize(observations))
     inputs = torch.from_numpy(model.normalize(observations))
     assert torch.equal(other.value(inputs), model.value(inputs))
+    more = rng.normal(9, 1, (50, 3))  # which weigh as much beside what came before
+    for each in (model, other):
+        each.observations.update(more)
+        each.update_return_statistics(more[:, 0])
+    torch.testing.assert_close(other.state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize(("std", "expected"), [(1e-3, 1e-3), (0.0, 1.0)])

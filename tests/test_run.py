@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,10 +248,12 @@ def test_rows_and_the_last_line_tell_steps_time_and_speed(new_run, monkeypatch, 
     assert list(metrics) == ["step", "time", "loss", "epsilon", "steps_per_second"]
     assert metrics.to_numpy().tolist() == [[1400, 130, 0.5, 0.25, 5], [1420, 140, 1.5, 0.25, 2]]
     run.close(1420)
+    on_disk = [path.read_bytes() for path in run.folder.glob("events*")]
     run.finish("evaluated", 7.0)  # of this part of a resumed run
     assert f"script: 420 steps in 90.0 s, 5 steps per second; evaluated; {run.folder}\n" in capsys.readouterr().out
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(run.folder)).Reload()
+    assert [tag.encode() in content for content in on_disk for tag in events.Tags()["scalars"]].count(False) == 1
     last = {tag: (events.Scalars(tag)[-1].step, events.Scalars(tag)[-1].value) for tag in events.Tags()["scalars"]}
     expected = {"losses/loss": 1.5, "charts/epsilon": 0.25, "charts/SPS": 2, "charts/episodic_return": 34.5}
     expected |= {"charts/episodic_length": 69, "eval/mean_return": 7}
@@ -273,7 +275,7 @@ def test_no_episode_ends_before_training_begins(new_run):
     assert tables(run.folder)[0]["time"].tolist() == [50]
 
 
-def test_progress_is_a_plain_line_now_and_then(new_run, monkeypatch, capsys):
+def test_progress_is_a_plain_line_now_and_then(new_run, monkeypatch, capsys, tmp_path):
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     run = new_run({"step": 100, "seconds": 50.0})
@@ -289,6 +291,10 @@ def test_progress_is_a_plain_line_now_and_then(new_run, monkeypatch, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert first == "step 200: return -, 10 steps per second, 80 s left"
     assert second == "step 300: return 7.0, 10 steps per second, 70 s left"
+    now = 130.0
+    with open(tmp_path / "log", "w") as log, redirect_stdout(log):
+        run.progress(400)
+        assert (tmp_path / "log").read_text().startswith("step 400")
 
 
 def test_on_a_terminal_there_is_a_progress_bar(new_run, monkeypatch, capsys):
