@@ -24,28 +24,27 @@ import gae
 
 @each_script(*WITH_WORKERS)
 def test_rows_and_checkpoints_come_once_an_interval(train, monkeypatch, script):
-    """Thirty steps within a second, of which the main process sees about twenty states; and a late one."""
+    """Thirty steps within a second, of which the main process sees about twenty states, the last beyond the total."""
 
     def steady(index, args, shared, first_step):
         for _ in range(30):
             time.sleep(0.03)
             shared.log(index, dict.fromkeys(script.METRICS, 1.0))
             shared.count_step(index)
-            wait_until(lambda: len(saved) >= shared.T // 10, seconds=10)
-        shared.count_step(index)
+            wait_until(lambda: len(saved) >= min(2, shared.T // 10), seconds=10)
         before = len(looks)
         wait_until(lambda: len(looks) > before + 3, seconds=10)
+        shared.count_step(index)
         shared.done[index] = True
 
     saved, save, looks, progress = [], script.Run.save, [], script.Run.progress
     monkeypatch.setattr(script.Run, "progress", lambda run, step: looks.append(step) or progress(run, step))
     monkeypatch.setattr(script, "worker", steady)
     monkeypatch.setattr(script.Run, "save", lambda run, step, **state: saved.append(step) or save(run, step, **state))
-    code, folder = train(script, total_timesteps=30, log_interval=10)
+    code, folder = train(script, total_timesteps=25, log_interval=10)
     assert code == 0
-    assert len(tables(folder)[1]) <= 4
-    assert len(saved) == 4
-    assert saved[2:] == [30, 31]
+    assert len(tables(folder)[1]) <= 3
+    assert saved[2:] == [31]
     assert len(looks) < 1000  # or the main process takes a core from the workers
 
 
