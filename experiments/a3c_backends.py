@@ -21,11 +21,11 @@ PYTHON = f"Python {platform.python_version()} {'with' if has_gil() else 'without
 
 @dataclass
 class Args(tools.Options):
-    seeds: tuple[int, ...] = (1, 2, 3)
+    seeds: tuple[tools.NonNegativeInt, ...] = (1, 2, 3)
     """one run of each for every seed"""
     env_id: str = "CartPole-v1"
     """environment"""
-    total_timesteps: int = 60_000
+    total_timesteps: tools.PositiveInt = 60_000
     """steps of each run"""
 
 

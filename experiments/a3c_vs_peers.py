@@ -7,10 +7,10 @@
 
 Speed: steps per second of all workers or environments together, over the same number of steps for everyone. Workers
 begin one after the other, as they are ready: the rate is taken from the moment when a tenth of the steps is over and
-every worker has ended an episode, to the last episode that ends.
+every worker of a3c.py has ended an episode, to the last episode that ends.
 
 Learning: seconds and steps from the start of training until the last 50 training episodes have a mean return of 475.
-The clock starts just before the first step: imports come before that, and for `a3c.py` the start of its workers.
+The clock starts just before the first step: imports come before that, and for `a3c.py` the start of its first worker.
 `a3c.py` runs with its defaults and two workers, SB3's A2C with 8 environments and its defaults, which are also its
 zoo's settings for CartPole.
 
@@ -38,9 +38,9 @@ SB3 = {"SB3 A2C, 8 environments": 1, "SB3 A2C, 8 environments, default threads":
 
 @dataclass
 class Args(tools.Options):
-    speed_steps: int = 100_000
+    speed_steps: tools.PositiveInt = 100_000
     """steps of each run that measures steps per second"""
-    budget: int = 500_000
+    budget: tools.PositiveInt = 500_000
     """steps after which a run counts as not having reached the target (a3c.py: no more than its default)"""
 
 

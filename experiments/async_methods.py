@@ -48,13 +48,13 @@ LAST, TENTH = "last 100 training episodes", "last tenth of training"
 
 @dataclass
 class Args(tools.DrawingOptions):
-    seeds: tuple[int, ...] = (1, 2, 3)
+    seeds: tuple[tools.NonNegativeInt, ...] = (1, 2, 3)
     """one run of each for every seed"""
     games: tuple[Literal[*GAMES], ...] = GAMES
     """games of MinAtar"""
     methods: tuple[Literal[*METHODS, *PEERS], ...] = (*METHODS, *PEERS)
     """which of them to run and to show"""
-    steps: int = 2_000_000
+    steps: tools.PositiveInt = 2_000_000
     """environment steps of a run"""
 
 

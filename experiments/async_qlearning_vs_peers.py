@@ -46,9 +46,9 @@ DQNS = {"SB3 DQN": 1, "SB3 DQN, default threads": 0}
 class Args(tools.Options):
     only: Literal["speed", "learning"] | None = None
     """make this part of the comparison alone"""
-    speed_steps: int = 100_000
+    speed_steps: tools.PositiveInt = 100_000
     """steps of each run that measures steps per second"""
-    learning_steps: int | None = None
+    learning_steps: tools.PositiveInt | None = None
     """for a trial: steps of each run that learns, instead of DQN's 50,000 and the default of async_qlearning.py"""
 
 

@@ -48,13 +48,13 @@ PROCESSES, CLUSTER, LAG = "a3c.py", "cluster_a3c.py", "cluster_a3c.py --lag 1"
 
 @dataclass
 class Args(tools.Options):
-    seeds: tuple[int, ...] = (1, 2, 3)
+    seeds: tuple[tools.NonNegativeInt, ...] = (1, 2, 3)
     """one run of each for every seed"""
     only: Literal["calls", "speed", "cartpole", "kills", "sweep", "staleness"] | None = None
     """run this part alone"""
-    env_id: str = "CartPole-v1"
+    env_id: Literal["CartPole-v1", "MinAtar/Breakout-v1"] = "CartPole-v1"
     """environment of the part `staleness`"""
-    workers: tuple[int, ...] = (2, 4, 8, 16)
+    workers: tuple[tools.PositiveInt, ...] = (2, 4, 8, 16)
     """numbers of workers in the part `staleness`"""
     scale: float = 1.0
     """factor of the steps of all runs; less than 1 is a trial"""
@@ -111,7 +111,7 @@ def compare_speed(args: Args) -> pd.DataFrame:
         runs = tools.play(contestants, tools.read_speed, args, "cluster")
         tools.show(runs, tools.SPEED, of=env_id)
         tools.show_ratios(runs, tools.SPEED, [CLUSTER, LAG], [PROCESSES], of=env_id)
-        parts.append(runs.assign(env_id=env_id))
+        parts.append(runs)
     return pd.concat(parts)
 
 

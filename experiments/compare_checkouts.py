@@ -22,6 +22,8 @@ from pathlib import Path
 import pandas as pd
 import tools
 
+from common.arguments import fail
+
 # Script, number of workers (None: it has none) and steps, which make all runs of a pair take about 80 s together.
 SPEEDS = (
     ("a3c.py", 2, 60_000),
@@ -39,7 +41,7 @@ WALL = "wall_seconds"
 class Args:
     other: Path
     """directory of the other checkout"""
-    pairs: int = 9
+    pairs: tools.PositiveInt = 9
     """runs of each checkout"""
     scale: float = 1.0
     """for a trial: multiply all steps by this"""
@@ -71,6 +73,8 @@ def measure(what: tuple, read: Callable, args: Args) -> tuple[pd.DataFrame, pd.D
 
 
 def main(args: Args) -> int:
+    if not (args.other / "a3c.py").exists():
+        fail(f"--other: there is no a3c.py in {args.other}")
     parts = []
     for title, what, read in (("steps", SPEEDS, tools.read_speed), ("start", STARTS, lambda folder: {})):
         runs, table = measure(what, read, args)

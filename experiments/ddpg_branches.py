@@ -53,7 +53,7 @@ PANELS = {
 class Args(tools.DrawingOptions, tools.ParallelOptions):
     panels: tuple[Literal[*PANELS], ...] = tuple(PANELS)
     """which of them to run and to draw"""
-    total_timesteps: int | None = None
+    total_timesteps: tools.PositiveInt | None = None
     """for a trial: steps of each run"""
 
 

@@ -23,7 +23,7 @@ measured, which is one after the other.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -54,9 +54,9 @@ RANDOM_STEPS = 1_000  # of "speed": an episode, and another one follows before t
 class Args(tools.ParallelOptions):
     only: Literal["pendulum", "speed", "halfcheetah"] | None = None
     """run this part alone"""
-    steps: int | None = None
+    steps: tools.PositiveInt | None = None
     """for a trial: steps of each run that is not timed; half of them are random"""
-    speed_steps: int = 2_000
+    speed_steps: tools.PositiveInt = 2_000
     """timed steps of a run; an episode has 1,000"""
 
 
@@ -81,7 +81,7 @@ def train_ours(flags: str, seed: int, folder: Path) -> None:
     """ddpg.py with SB3's networks."""
     ddpg.Critic = PeerCritic
     ddpg.last_layer = lambda inputs, outputs, shape: nn.Linear(inputs, outputs)  # with torch's first weights
-    sys.exit(ddpg.main(parse(f"{flags} --seed={seed} --log-dir={folder}")))
+    sys.exit(ddpg.main(replace(parse(flags), seed=seed, log_dir=str(folder))))
 
 
 def sb3_settings(args: ddpg.Args) -> dict:

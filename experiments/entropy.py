@@ -27,7 +27,7 @@ LATE_RETURN = "training return of the last fifth"
 class Args(tools.DrawingOptions):
     env_id: str = "CartPole-v1"
     """environment"""
-    total_timesteps: int = 200_000
+    total_timesteps: tools.PositiveInt = 200_000
     """steps of each run"""
 
 

@@ -33,7 +33,7 @@ BRANCHES |= {
 
 @dataclass
 class Args(tools.DrawingOptions):
-    total_timesteps: int = 500_000
+    total_timesteps: tools.PositiveInt = 500_000
     """steps of each run"""
 
 

@@ -29,7 +29,7 @@ LAST, ALL = "episodes that end in the last fifth of the steps", "all episodes"
 class Args(tools.DrawingOptions, tools.ParallelOptions):
     env_id: str = "CartPole-v1"
     """environment"""
-    total_timesteps: int = 40_000
+    total_timesteps: tools.PositiveInt = 40_000
     """steps of each run"""
     gammas: tuple[float, ...] = GAMMAS
     """rows of the grid"""

@@ -59,11 +59,11 @@ PEERS |= {name: {"algorithm": "PPO", "threads": threads} for name, threads in PP
 class Args(tools.ParallelOptions):
     only: Literal["cartpole", "mujoco"] | None = None
     """run this part alone"""
-    speed_steps: int = 100_000
+    speed_steps: tools.PositiveInt = 100_000
     """steps of each run that measures steps per second"""
-    budget: int = 500_000
+    budget: tools.PositiveInt = 500_000
     """steps after which a run counts as not having reached the target (PPO, gae.py: no more than their own)"""
-    mujoco_steps: int = 300_000
+    mujoco_steps: tools.PositiveInt = 300_000
     """steps of each run on MuJoCo's environments"""
 
 

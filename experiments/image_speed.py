@@ -3,10 +3,10 @@
     pip install -r experiments/requirements.txt
     python experiments/image_speed.py
 
-About 40 minutes on two cores; `--seeds 21 --steps 5000 --pong-steps 6000` is a trial. Everyone has the network of
+About 40 minutes on two cores; `--seeds 21 --steps 5000 --pong-steps 24000` is a trial. Everyone has the network of
 a3c.py and the same environments, made by its `make_env`: `a3c.py` with two workers, PFRL's A3C with two processes and
-the same hyperparameters, SB3's A2C with 8 environments and its settings for Atari. On Pong there is also the emulator
-alone, with random actions and without a network, in two processes.
+the same hyperparameters, SB3's A2C with its zoo's settings for Atari, which have 16 environments. On Pong there is also
+the emulator alone, with random actions and without a network, in two processes.
 
 SB3's A2C has one torch thread. With the first seed it also runs with torch's default number of threads, and with a
 process for each environment; the fastest of the three goes on.
@@ -35,21 +35,21 @@ import a3c
 BREAKOUT, PONG = "MinAtar/Breakout-v1", "ale_py:PongNoFrameskip-v4"
 OURS, PFRL, EMULATOR = "a3c.py, 2 workers", "PFRL A3C, 2 processes", "emulator alone"
 SB3 = {
-    "SB3 A2C, 8 environments": {},
-    "SB3 A2C, 8 environments, default threads": {"threads": 0},
-    "SB3 A2C, 8 environments in processes": {"processes": True},
+    "SB3 A2C, 16 environments": {},
+    "SB3 A2C, 16 environments, default threads": {"threads": 0},
+    "SB3 A2C, 16 environments in processes": {"processes": True},
 }
 
 
 @dataclass
 class Args(tools.Options):
-    seeds: tuple[int, ...] = (1, 2, 3)
+    seeds: tuple[tools.NonNegativeInt, ...] = (1, 2, 3)
     """one run of each for every seed"""
     only: Literal["breakout", "pong"] | None = None
     """measure this game alone"""
-    steps: int = 200_000
+    steps: tools.PositiveInt = 200_000
     """steps of each run on Breakout"""
-    pong_steps: int = 20_000
+    pong_steps: tools.PositiveInt = 20_000
     """steps of each run on Pong"""
 
 
@@ -91,7 +91,7 @@ def main(args: Args) -> int:
         if game == "pong":
             contestants[EMULATOR] = tools.call(emulate, env_id=env_id, steps=steps)
         others = [*contestants][1:]
-        sb3 = partial(tools.call, peers.train_sb3, algorithm="A2C", env_id=env_id, steps=steps, num_envs=8)
+        sb3 = partial(tools.call, peers.train_sb3, algorithm="A2C", env_id=env_id, steps=steps, num_envs=16)
         contestants |= {name: sb3(**own) for name, own in SB3.items()}
         runs, fastest = tools.play_with_rivals(contestants, read, args, "image_speed", [list(SB3)])
         tools.show(runs, tools.SPEED, of=env_id)

@@ -27,8 +27,10 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import psutil
+import tools
 import torch
-import tyro
+
+from common.arguments import fail
 
 ROOT = Path(__file__).resolve().parents[1]
 EPISODES = 60  # of the evaluation, so that it takes long enough to be hit
@@ -45,8 +47,8 @@ SLACK = {"a3c": (100, 100), "async_qlearning": (100, 100), "gae": (4, 400), "ddp
 
 @dataclass
 class Args:
-    faults: int = 100
-    """how many"""
+    faults: tools.PositiveInt = 100
+    """how many, of all kinds and scripts; or how many of the kind of --only"""
     seed: int = 1
     """the same seed gives the same faults (the machine's own timing apart)"""
     only: str | None = None
@@ -55,7 +57,7 @@ class Args:
     """the fault of this number alone"""
     scripts: tuple[Literal[*FLAGS], ...] = tuple(FLAGS)
     """scripts to try"""
-    parallel: int = 2
+    parallel: tools.PositiveInt = 2
     """faults at the same time"""
     keep: bool = False
     """leave the folders of runs with a broken promise, in the system's folder for temporary files"""
@@ -495,6 +497,8 @@ def main(args: Args) -> int:
         script = scripts[number // len(KINDS) % len(scripts)]
         if args.only in (None, function.__name__) and script in args.scripts:
             faults.append((number, function, script, args))
+    if not faults:
+        fail(f"no such faults; --only takes {', '.join(kind.__name__ for kind in KINDS)}")
     with ThreadPoolExecutor(args.parallel) as pool:
         results = list(pool.map(lambda fault: run_trial(*fault), faults))
     bad = sum(map(bool, results))
@@ -503,4 +507,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args, description=__doc__)))
+    sys.exit(main(tools.parse_args(Args)))

@@ -149,7 +149,7 @@ def train_sb3(
 
 
 def make_env(algorithm: str, env_id: str) -> gym.Env:
-    """SB3's environment as it is; of images and for DDPG that of our script."""
+    """Of images and for DDPG that of our script, otherwise as Gymnasium makes it, with the score of episodes."""
     if env_id.startswith(("MinAtar/", "ale_py:")):
         return a3c.make_env(env_id)
     return (

@@ -64,6 +64,8 @@ def read_runs(folders: tuple[Path, ...]) -> pd.DataFrame:
 
 
 def main(args: Args) -> int:
+    if args.output.suffix not in (".png", ".pdf", ".svg"):
+        fail("--output must end in .png, .pdf or .svg")
     runs = read_runs(args.folders)
     environments = runs["env_id"].unique()
     figure, panels = tools.new_figure(len(environments), 1, height=4 * len(environments))

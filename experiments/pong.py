@@ -29,9 +29,9 @@ SETTINGS += " --ent-coef=0.01 --max-grad-norm=40 --log-interval=20000"
 
 @dataclass
 class Args:
-    seed: int = 1
+    seed: tools.NonNegativeInt = 1
     """seed of the run"""
-    steps: int = 5_000_000
+    steps: tools.PositiveInt = 5_000_000
     """environment steps of 4 frames each"""
     draw_only: bool = False
     """draw what there is of the run, and do not go on with it"""
@@ -47,7 +47,7 @@ def keep(run: Path, results: Path) -> None:
     """Write the curve of a run that has ended, a row for each game, and what else there is to keep."""
     results.mkdir(parents=True, exist_ok=True)
     tools.read_table(run, "episodes").drop(columns="worker").round(1).to_csv(results / "games.csv.gz", index=False)
-    for name in ("args.json", "evaluation.json", "checkpoint.pt"):
+    for name in ("evaluation.json", "checkpoint.pt", "args.json"):
         shutil.copy(run / name, results)
 
 

@@ -29,9 +29,9 @@ TARGETS = (-300, -200)  # mean returns of 20 training episodes
 
 @dataclass
 class Args(tools.DrawingOptions):
-    ddpg_steps: int = 10_000
+    ddpg_steps: tools.PositiveInt = 10_000
     """steps of each run of ddpg.py"""
-    a3c_steps: int = 1_500_000
+    a3c_steps: tools.PositiveInt = 1_500_000
     """steps of each run of a3c.py, its workers together"""
 
 

@@ -45,7 +45,7 @@ SETTINGS = {
 class Args(tools.ParallelOptions):
     only: Literal[*SETTINGS] | None = None
     """this script alone"""
-    total_timesteps: int | None = None
+    total_timesteps: tools.PositiveInt | None = None
     """for a trial: steps of each run"""
 
 

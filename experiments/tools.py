@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import fcntl
 import inspect
 import json
 import os
@@ -31,7 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
 sys.path.insert(0, str(ROOT))
 
-from common.ranges import check_args  # noqa: E402
+from common.arguments import fail  # noqa: E402
+from common.ranges import NonNegativeInt, PositiveInt, check_args  # noqa: E402
 
 POLL_SECONDS = 0.02  # between two looks at a run
 TIME_LIMIT = 6 * 3600.0  # seconds after which a run is killed and counts as failed
@@ -74,7 +76,7 @@ def start_ray(address: str | None) -> None:
 class Options:
     """Arguments of every experiment."""
 
-    seeds: tuple[int, ...] = tuple(range(1, 11))
+    seeds: tuple[NonNegativeInt, ...] = tuple(range(1, 11))
     """one run of each for every seed"""
     draw_only: bool = False
     """run nothing, show what is kept"""
@@ -82,6 +84,13 @@ class Options:
     """where what each run has reached is kept; a run that is kept there is not run again"""
     log_dir: Path = Path("runs/experiments")
     """where run folders go"""
+
+    def __post_init__(self):
+        """What is listed twice counts once. `fail`s if nothing is listed."""
+        for name, value in vars(self).items():
+            if value == ():
+                fail(f"--{name} needs a value")
+            setattr(self, name, tuple(dict.fromkeys(value)) if isinstance(value, tuple) else value)
 
 
 @dataclass
@@ -96,7 +105,7 @@ class DrawingOptions(Options):
 class ParallelOptions(Options):
     """Arguments of an experiment with runs that can go at once: each is one process, and no time is measured."""
 
-    parallel: int = 1
+    parallel: PositiveInt = 1
     """runs that go at once, of those without workers whose time is not measured"""
 
 
@@ -150,7 +159,7 @@ def play(
         A row for each run: name, seed, the cause if it failed, where it ran, wall_seconds of the whole process, what
         `read` returns.
     """
-    stop, lock = threading.Event(), threading.Lock()
+    stop = threading.Event()
     kept = options.results / name
 
     def run(contestant, command: Command, seed: int) -> dict:
@@ -159,9 +168,7 @@ def play(
         folder = options.log_dir.absolute() / name / slug(key)
         arguments = [part.replace("{seed}", str(seed)).replace("{folder}", str(folder)) for part in command.arguments]
         row = {"name": contestant, "seed": seed, "failed": ""}
-        with lock:
-            known = find_kept(kept, key)
-        if known:
+        if known := find_kept(kept, key):
             return row | known
         if options.draw_only:
             return row | {"failed": NOT_RUN}
@@ -172,8 +179,7 @@ def play(
             reached |= {"wall_seconds": wait_for(arguments, command.directory, folder)} | read(folder)
             words = ", ".join(f"{key} {cell(value)}" for key, value in reached.items() if isinstance(value, float))
             row |= reached
-            with lock:
-                keep(kept, key, reached)
+            keep(kept, key, reached)
         except Exception as error:  # the other runs go on
             row["failed"] = words = f"FAILED: {error or type(error).__name__}"
         print(f"{title}, seed {seed}: {words}", file=sys.stderr, flush=True)
@@ -204,12 +210,8 @@ def play(
             keep_checkpoint(folder)
         return seconds
 
-    jobs = [
-        (contestant, command, seed)
-        for seed in dict.fromkeys(options.seeds)
-        for contestant, command in contestants.items()
-    ]
-    with ThreadPoolExecutor(max(1, parallel)) as pool:
+    jobs = [(contestant, command, seed) for seed in options.seeds for contestant, command in contestants.items()]
+    with ThreadPoolExecutor(parallel) as pool:
         try:
             return pd.DataFrame(list(pool.map(run, *zip(*jobs, strict=True))))
         finally:
@@ -249,9 +251,14 @@ def keep(folder: Path, key: dict, reached: dict) -> None:
     if "curve" in row:
         row["curve"] = f"{slug(key)}.csv"
         reached["curve"].round(3).to_csv(folder / row["curve"], index=False)
-    runs = [pd.read_csv(table)] if table.exists() else []
-    pd.concat([*runs, pd.DataFrame([row])]).to_csv(f"{table}.tmp", index=False)
-    os.replace(f"{table}.tmp", table)  # a crash leaves the old one whole
+    directory = os.open(folder, os.O_RDONLY)
+    fcntl.flock(directory, fcntl.LOCK_EX)  # others may add rows, too
+    try:
+        runs = [pd.read_csv(table)] if table.exists() else []
+        pd.concat([*runs, pd.DataFrame([row])]).to_csv(f"{table}.tmp", index=False)
+        os.replace(f"{table}.tmp", table)  # a crash leaves the old one whole
+    finally:
+        os.close(directory)
 
 
 def play_with_rivals(
@@ -261,14 +268,13 @@ def play_with_rivals(
 
     Returns the runs, and the rival of each group that went on.
     """
-    first, others = replace(options, seeds=options.seeds[:1]), replace(options, seeds=options.seeds[1:])
-    runs = [play(contestants, read, first, name, **more)]
+    runs = [play(contestants, read, replace(options, seeds=options.seeds[:1]), name, **more)]
     speeds = spread(runs[0], SPEED)["median"]
     chosen = [max(group, key=lambda name: speeds.get(name, 0)) for group in rivals]
     slow = [rival for group in rivals for rival in group if rival not in chosen]
-    if others.seeds:
+    if options.seeds[1:]:
         left = {name: command for name, command in contestants.items() if name not in slow}
-        runs.append(play(left, read, others, name, **more))
+        runs.append(play(left, read, replace(options, seeds=options.seeds[1:]), name, **more))
     return pd.concat(runs), chosen
 
 

@@ -7,8 +7,8 @@
 Seconds and steps of training until the greedy policy has a mean return of 400 over 20 episodes on CartPole-v1, with 10
 seeds, or of 5 on Breakout, with 3. Every checkpoint, one per 5,000 steps (20,000 on Breakout), is kept during the
 training and evaluated after it, in order, until one reaches the target. Seconds are these steps over the run's own
-steps per second, without the second or two in which workers start. An hour to three on two idle cores for CartPole-v1,
-longer for Breakout; `--seeds 21 --workers 2 --steps 20000` is a trial.
+steps per second, from the first step of the first worker on, while others may still begin. An hour to three on two idle
+cores for CartPole-v1, longer for Breakout; `--seeds 21 --workers 2 --steps 20000` is a trial.
 
 The speed-up is the ratio of one worker's seconds to those of more, run by run. Beside it is the paper's, of time to a
 reference score averaged over seven Atari games (Mnih et al. 2016, table 2). With the three kinds of Q-learning, more
@@ -47,9 +47,9 @@ CARTPOLE = {  # the defaults, which are for CartPole-v1
 class Args(tools.DrawingOptions):
     env_id: Literal["CartPole-v1", "MinAtar/Breakout-v1"] = "CartPole-v1"
     """environment"""
-    workers: tuple[int, ...] = (1, 2, 4, 8, 16)
+    workers: tuple[tools.PositiveInt, ...] = (1, 2, 4, 8, 16)
     """numbers of workers; the first is what the others are compared with"""
-    steps: int | None = None
+    steps: tools.PositiveInt | None = None
     """steps of each run, by default those of the script, or 1 million on Breakout"""
 
 

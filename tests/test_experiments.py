@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -128,6 +129,22 @@ def test_intervals_are_of_the_mean_over_the_runs():
 def test_a_seed_that_is_given_twice_runs_once(tmp_path):
     options = tools.Options(seeds=(2, 1, 2), results=tmp_path / "results", log_dir=tmp_path / "runs")
     assert tools.play({"x": command(1)}, read, options, "test")["seed"].tolist() == [2, 1]
+
+
+def test_an_empty_list_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        tools.Options(seeds=())
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: --seeds needs a value\n"
+
+
+def test_runs_that_are_kept_at_the_same_time_are_all_kept(tmp_path):
+    def keep(seed: int) -> None:
+        tools.keep(tmp_path / "kept", {"name": "x", "seed": seed, "command": "y"}, {"value": 1.0})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(keep, range(40)))
+    assert sorted(pd.read_csv(tmp_path / "kept" / "runs.csv")["seed"]) == list(range(40))
 
 
 def test_another_run_of_pong_does_not_replace_the_one_that_is_kept(tmp_path, capsys):

@@ -107,7 +107,7 @@ def learn(script, args) -> LocalServer:
 def test_a_worker_learns_the_same_by_way_of_the_server(script, arguments):
     """What differs for a worker is when it gets T and theta-: here with the answer to a segment."""
     if script is async_qlearning:
-        arguments |= {"exploration_fraction": 0.0, "final_epsilons": (0.3,), "final_epsilon_probs": (1.0,)}
+        arguments |= {"exploration_fraction": 0.0, "final_epsilons": (0.3,) * 3, "target_network_frequency": 500}
     args = new_args(script, anneal_lr=False, **arguments)
     server = learn(script, args)
     T, episodes, begun, means, state = server.report(stop=False, with_state=True)
