@@ -55,6 +55,8 @@ class Args:
     """epsilon: mean KL divergence from the old policy that an update may reach"""
     cg_damping: NonNegativeFloat = 0.1
     """added to the diagonal of the Fisher matrix"""
+    initial_std: PositiveFloat = 1.0
+    """standard deviation that a Gaussian policy begins with, in units in which the actions' bounds lie at -1 and 1"""
     learning_rate: PositiveFloat = 3e-3
     """Adam's learning rate for the value function and, without a trust region, for the policy"""
     vf_epochs: PositiveInt = 5
@@ -108,8 +110,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     center = np.where(has_bounds, low + scale, np.clip(0, low, high))
 
     def to_bounds(action: np.ndarray) -> np.ndarray:
-        action = center + scale * action.reshape(space.shape)
-        return np.minimum(np.maximum(action, low), high).astype(space.dtype)
+        return np.clip(center + scale * action.reshape(space.shape), low, high).astype(space.dtype)
 
     return TransformAction(env, to_bounds, spaces.Box(-np.inf, np.inf, (center.size,)))
 
@@ -155,12 +156,12 @@ class ActorCritic(nn.Module):
     (van Hasselt et al. 2016, Learning Values across Many Orders of Magnitude).
     """
 
-    def __init__(self, observation_size: int, action_space: spaces.Space):
+    def __init__(self, observation_size: int, action_space: spaces.Space, initial_std: float = 1.0):
         super().__init__()
         self.discrete = isinstance(action_space, spaces.Discrete)
         outputs = int(action_space.n) if self.discrete else action_space.shape[0]
         self.actor, self.critic = mlp(observation_size, outputs, gain=0.01), mlp(observation_size, 1, gain=1.0)
-        self.log_std = None if self.discrete else nn.Parameter(torch.zeros(outputs))
+        self.log_std = None if self.discrete else nn.Parameter(torch.full((outputs,), math.log(initial_std)))
         self.observations, self.returns = RunningStatistics(observation_size), RunningStatistics(1)
         self.theta = parameters_to_vector(self.policy_parameters()).detach()
         vector_to_parameters(self.theta, self.policy_parameters())
@@ -413,7 +414,7 @@ def main(args: Args) -> int:
     rng = seed_everything(args.seed, T)
     torch.set_num_threads(1)
     threadpool_limits(1)
-    model = ActorCritic(eval_env.observation_space.shape[0], eval_env.action_space)
+    model = ActorCritic(eval_env.observation_space.shape[0], eval_env.action_space, args.initial_std)
     groups = {"actor": model.policy_parameters(), "critic": model.critic.parameters()}
     optimizers = {name: torch.optim.Adam(group, args.learning_rate, fused=True) for name, group in groups.items()}
     if checkpoint:

@@ -70,6 +70,7 @@ ARGUMENTS = {
         "trust_region": (True, CHOICE),
         "max_kl": (0.02, POSITIVE),
         "cg_damping": (0.1, NOT_NEGATIVE),
+        "initial_std": (1.0, POSITIVE),
         "learning_rate": (3e-3, POSITIVE),
         "vf_epochs": (5, COUNT),
         "minibatch_size": (250, COUNT),

@@ -53,6 +53,7 @@ def test_outputs_begin_small():
     model = ActorCritic(3, SPACES[1])
     assert [layer.weight[0].norm().item() for layer in (model.actor[-1], model.critic[-1])] == pytest.approx([0.01, 1])
     assert not model.log_std.any()
+    assert (ActorCritic(3, SPACES[1], 0.5).policy(torch.zeros(1, 3)).stddev == 0.5).all()
 
 
 @pytest.mark.parametrize("space", SPACES)

@@ -287,6 +287,12 @@ def test_what_gae_has_measured_is_in_its_checkpoint():
     torch.testing.assert_close(other.state_dict(), model.state_dict())
 
 
+def test_a_gaussian_of_gae_begins_with_the_standard_deviation_it_is_given(train):
+    still = {"trust_region": False, "learning_rate": 1e-30, "initial_std": 0.5}
+    _, folder = train(gae, env_id="probes:ScriptBox-v0", total_timesteps=10, **still)
+    assert load(folder)["model"]["log_std"].exp().tolist() == [0.5, 0.5]
+
+
 @pytest.mark.parametrize(("std", "expected"), [(1e-3, 1e-3), (0.0, 1.0)])
 def test_gae_normalises_what_varies_a_little(std, expected):
     model, rng = gae.ActorCritic(3, gae.spaces.Discrete(2)), np.random.default_rng(0)
