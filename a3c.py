@@ -449,6 +449,7 @@ def worker(index: int, args: Args, shared: Shared, first_step: int) -> None:
         # R, and for i in {t - 1, ..., t_start} the gradients
         batch = torch.from_numpy(observations[: n + 1]), torch.from_numpy(np.array(actions))
         loss, metrics = a3c_loss(model, *batch, rewards, terminated, args)
+        # d_theta is of the loss: the slide's d theta with the other sign, and subtracted where the slide adds
         d_theta = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
         norm = d_theta.norm().item()
         if not math.isfinite(norm):

@@ -60,7 +60,7 @@ class Args:
     final_epsilons: tuple[Fraction, ...] = (0.1, 0.01, 0.5)
     """the values that the workers' epsilons end at; the first workers get the smallest"""
     final_epsilon_probs: tuple[Fraction, ...] = (0.4, 0.3, 0.3)
-    """the share of the workers that each of the --final-epsilons gets"""
+    """the share of the workers that each of the --final-epsilons gets: as many numbers, which sum to 1"""
     exploration_fraction: Fraction = 0.3
     """fraction of the total timesteps over which epsilon falls from 1 to its end"""
     learning_rate: PositiveFloat = 6e-3

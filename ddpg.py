@@ -538,8 +538,8 @@ def main(args: Args) -> int:
         buffer.create(run.folder / "replay.npy")
         env = make_env(args.env_id, pixels=args.pixels)
         # Initialize a random process N for action exploration
-        theta = args.ou_theta if args.noise == "ou" else 1.0  # with 1 it is Gaussian noise, new at each step
-        noise = OrnsteinUhlenbeckNoise(model.actor.action_size, rng, theta)
+        ou_theta = args.ou_theta if args.noise == "ou" else 1.0  # with 1 it is Gaussian noise, new at each step
+        noise = OrnsteinUhlenbeckNoise(model.actor.action_size, rng, ou_theta)
         final_std = args.noise_std if args.final_noise_std is None else args.final_noise_std
         # Receive initial observation state s_1
         observation = np.array(env.reset(seed=int(rng.integers(2**31)))[0], dtype)

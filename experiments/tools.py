@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import fcntl
 import inspect
 import json
 import os
@@ -251,6 +250,8 @@ def keep(folder: Path, key: dict, reached: dict) -> None:
     if "curve" in row:
         row["curve"] = f"{slug(key)}.csv"
         reached["curve"].round(3).to_csv(folder / row["curve"], index=False)
+    import fcntl  # Windows has none; there, plot.py does without
+
     directory = os.open(folder, os.O_RDONLY)
     fcntl.flock(directory, fcntl.LOCK_EX)  # others may add rows, too
     try:

@@ -133,7 +133,7 @@ class Subnormal(Probe):
 
 
 class Script(Probe):
-    """Random observations and rewards; episodes end by turns in a terminal state and at a time limit.
+    """Random observations and rewards; episodes end by turns in a terminal state, at a time limit and in both.
 
     `Script.log` holds (observation, action, reward, next observation, terminated, truncated) of every step.
     """
@@ -152,8 +152,8 @@ class Script(Probe):
     def step(self, action):
         observation, reward = self.observation, float(self.np_random.normal())
         self.t += 1
-        end, by_limit = self.t == self.length, self.episodes % 2 == 0
-        terminated, truncated = end and not by_limit, end and by_limit
+        end, turn = self.t == self.length, self.episodes % 3  # 1: terminal, 2: time limit, 0: both
+        terminated, truncated = end and turn != 2, end and turn != 1
         Script.log.append((observation, action, reward, self.observe(), terminated, truncated))
         return self.observation, reward, terminated, truncated, {}
 

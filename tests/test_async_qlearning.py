@@ -249,7 +249,7 @@ def test_worker_follows_the_pseudo_code(monkeypatch, target, n_step, anneal_lr, 
         if any(end):
             reports.append((T, 1, info["episode"]["r"], info["episode"]["l"]))
             (observation, _), next_action = env.reset(), None
-    assert set(ends) == {(False, False), (True, False), (False, True)}
+    assert len(set(ends)) == 4  # going on, a terminal state, a time limit, both
     assert {norm > 20 for _, _, norm, *_ in logged} == {True, False}
     assert shared.T == T or (shared.T - T < 5 and stop_after == inf)  # a rest is learned only when told to stop
     np.testing.assert_allclose(list(shared.means().values()), np.mean(logged, axis=0), rtol=1e-4)

@@ -95,7 +95,7 @@ def test_no_checkpoint_counts_an_episode_that_is_not_in_the_table(train, monkeyp
         shared.count_step(0, {"r": 1.0, "l": 1})
 
     monkeypatch.setattr(script.Shared, "reported", one_ends_afterwards)
-    monkeypatch.setattr(script, "worker", lambda index, args, shared, rng: shared.done.__setitem__(index, True))
+    monkeypatch.setattr(script, "worker", lambda index, args, shared, first_step: shared.done.__setitem__(index, True))
     _, folder = train(script)
     assert load(folder)["step"] == len(tables(folder)[0]) > 0
 

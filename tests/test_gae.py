@@ -120,9 +120,9 @@ def slow_gae(rewards, values, next_values, terminated, truncated, gamma, gae_lam
 @pytest.mark.parametrize(("gamma", "gae_lambda"), [*itertools.product((0.0, 0.9, 1.0), (0.0, 0.5, 1.0))])
 def test_gae_is_the_weighted_mean_of_k_step_advantages(gamma, gae_lambda):
     rng = np.random.default_rng(0)
-    ends, (rewards, values, next_values) = rng.choice(3, (12, 3), p=[0.6, 0.2, 0.2]), rng.normal(size=(3, 12, 3))
+    ends, (rewards, values, next_values) = rng.choice(4, (20, 3), p=[0.6, 0.2, 0.1, 0.1]), rng.normal(size=(3, 20, 3))
     next_values[:-1] = np.where(ends[:-1] == 0, values[1:], next_values[:-1])  # V(s_{t+1}) where the episode goes on
-    batch = rewards, values, next_values, ends == 1, ends == 2, gamma, gae_lambda
+    batch = rewards, values, next_values, ends % 2 == 1, ends >= 2, gamma, gae_lambda
     np.testing.assert_allclose(compute_gae(*batch), slow_gae(*batch), atol=1e-12)
 
 

@@ -184,7 +184,7 @@ def test_the_run_lasts_until_the_last_worker_has_ended(train, monkeypatch, scrip
     """And none of them keeps the program alive."""
     daemons, ended, looks, progress = [], [], [], script.Run.progress
 
-    def work(index, args, shared, rng):
+    def work(index, args, shared, first_step):
         daemons.append(threading.current_thread().daemon)
         if index == 0:  # main looks a few times after the other one has ended
             wait_until(lambda: ended and len(looks) > ended[0] + 3, seconds=5)
@@ -201,7 +201,7 @@ def test_the_run_lasts_until_the_last_worker_has_ended(train, monkeypatch, scrip
 
 @each_script(*WITH_WORKERS)
 def test_a_worker_that_fails_after_a_signal_is_reported(train, monkeypatch, capfd, script):
-    def work(index, args, shared, rng):
+    def work(index, args, shared, first_step):
         shared.count_step(index)
         os.kill(os.getpid(), signal.SIGINT)
         wait_until(lambda: shared.stop.value)
@@ -214,7 +214,7 @@ def test_a_worker_that_fails_after_a_signal_is_reported(train, monkeypatch, capf
 
 @each_script(*WITH_WORKERS)
 def test_episodes_are_written_in_the_order_of_their_steps(train, monkeypatch, script):
-    def work(index, args, shared, rng):
+    def work(index, args, shared, first_step):
         shared.steps[index] = 9
         shared.done[index] = True
 

@@ -6,6 +6,10 @@ import math
 import re
 import shutil
 import sys
+import threading
+from functools import partial
+from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import get_type_hints
 
 import numpy as np
@@ -34,10 +38,6 @@ OPTIONS = [
 ENVIRONMENTS = ["Acrobot-v1", "FrozenLake-v1", "Blackjack-v1", "probes:DictObservation-v0", "Pendulum-v1"]
 SMOKE = [(script, {}, env_id) for script in SHORT for env_id in ENVIRONMENTS]
 SMOKE += [(script, options, "probes:DictObservation-v0") for script, options in OPTIONS]
-
-
-def rows_without_time(folder) -> list[list]:
-    return pd.read_csv(folder / "episodes.csv").drop(columns="time").to_numpy().tolist()
 
 
 # Smoke
@@ -162,46 +162,6 @@ def test_every_argument_has_help_and_every_number_a_range(command, capsys, scrip
     assert everywhere | {"eval_episodes", "evaluate", "resume", "capture_video"} <= script.Args.__annotations__.keys()
 
 
-# Seeds
-
-
-@each_script()
-def test_one_seed_repeats_a_run(train, script):
-    def play(**arguments) -> list[list]:
-        return rows_without_time(train(script, total_timesteps=400, log_interval=100, **arguments)[1])
-
-    first = play()
-    assert len(first) > 10
-    assert play() == first
-    assert play(seed=2) != first
-    if script in WITH_WORKERS:
-        assert play(backend="process") == first
-
-
-@each_script(a3c, async_qlearning, gae)
-@pytest.mark.parametrize("env_id", ["Script", "TellsActions", "DrawsFromTorch", "DrawsFromNumpy"])
-def test_workers_and_environments_all_differ(train, script, env_id):
-    """In what the environment draws, what is drawn from the policy, torch's and numpy's numbers."""
-    workers = {"num_workers": 4, "backend": "process", "learning_rate": 1e-30}
-    arguments = {"num_envs": 4, "batch_size": 400} if script is gae else workers
-    _, folder = train(script, env_id=f"probes:{env_id}-v0", total_timesteps=2000, log_interval=500, **arguments)
-    first = tables(folder)[0].groupby("worker")["return"].first()
-    assert len(first) == len(set(first)) == 4
-
-
-@each_script()
-@pytest.mark.parametrize("env_id", ["Script", "TellsActions"])
-def test_a_resumed_run_draws_other_numbers(train, tmp_path, script, env_id):
-    env_id = f"probes:{env_id}-v0"
-    _, folder = train(script, env_id=env_id, total_timesteps=120, log_interval=50)
-    copy, step = shutil.copytree(folder, tmp_path / "copy"), load(folder)["step"]
-    for path in (folder, copy):
-        assert train(script, env_id=env_id, total_timesteps=200, log_interval=50, resume=str(path))[0] == 0
-    assert rows_without_time(folder) == rows_without_time(copy)
-    returns = tables(folder)[0].set_index("step")["return"]
-    assert returns[returns.index > step].iloc[0] != returns.iloc[0]
-
-
 # Resuming, evaluating, filming
 
 STILL = {  # arguments that leave everything learned as it is
@@ -279,13 +239,16 @@ def test_evaluate_is_greedy_repeats_and_writes_nothing_else(train, command, caps
 
 
 @each_script()
-def test_capture_video_films_three_episodes(train, script):
+def test_capture_video_films_three_episodes(train, command, script):
     pytest.importorskip("moviepy")
     code, folder = train(script, env_id="CartPole-v1", total_timesteps=20, eval_episodes=4, capture_video=True)
     assert code == 0
     films = list((folder / "videos").glob("*.mp4"))
     assert len(films) == 3
     assert all(film.stat().st_size > 1000 for film in films)
+    shutil.rmtree(folder / "videos")
+    assert command(script, "--evaluate", folder, "--eval-episodes", 1, "--capture-video") == 0
+    assert len(list((folder / "videos").glob("*.mp4"))) == 1
 
 
 # Workers
@@ -303,9 +266,21 @@ def test_capture_video_films_three_episodes(train, script):
     ],
 )
 def test_the_backend_fits_the_interpreter(train, capsys, monkeypatch, script, backend, num_workers, gil, used):
+    started, preloaded = [], []
+
+    def new(kind, **arguments):
+        started.append((kind, arguments["args"][0], arguments["args"][3]))
+        return threading.Thread(**arguments)
+
+    context = SimpleNamespace(Process=partial(new, "process"), SimpleQueue=SimpleQueue)
+    context.set_forkserver_preload = preloaded.extend
+    monkeypatch.setattr(script.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(script, "threading", SimpleNamespace(Thread=partial(new, "thread")))
     monkeypatch.setattr(script, "has_gil", lambda: gil)
     code, folder = train(script, backend=backend, num_workers=num_workers, total_timesteps=20)
     assert code == 0
+    assert started == [(used, index, 0) for index in range(num_workers)]
+    assert used == "thread" or {"gymnasium", "torch"} <= {*preloaded}
     assert json.loads((folder / "args.json").read_text())["backend_used"] == used
     assert f" {num_workers} {used} workers (GIL: {gil})" in capsys.readouterr().out
 
