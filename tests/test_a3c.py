@@ -203,25 +203,6 @@ def test_worker_follows_the_pseudo_code(env_id, anneal_lr, stop_after):
     assert [tensor.is_shared() for tensor in (shared.theta, shared.g)] == [True, True]
 
 
-@pytest.mark.parametrize("reward", [1e30, inf])  # the gradient's norm becomes infinite, or not a number
-def test_worker_leaves_theta_alone_when_the_gradient_is_not_finite(monkeypatch, reward):
-    shared, args = [], {"num_workers": 1, "total_timesteps": 60}
-    monkeypatch.setattr(probes.Endless, "play", lambda self, action: reward if self.t == 39 else 1.0)
-    with pytest.raises(FloatingPointError, match="at step 40"):
-        work("Endless", lambda *arguments: shared.append(Shared(*arguments)) or shared[0], **args)
-    assert torch.stack([shared[0].theta, shared[0].g]).isfinite().all()
-    assert (bool(shared[0].g.any()), shared[0].done[0]) == (True, 0)
-
-
-def test_worker_follows_its_parent_uses_one_core_and_closes_its_environment(monkeypatch):
-    events = []
-    monkeypatch.setattr(a3c, "follow_parent", lambda: events.append("follow_parent"))
-    monkeypatch.setattr(probes.Script, "close", lambda self: events.append("env.close"))
-    torch.set_num_threads(2)
-    work("Script", total_timesteps=1)
-    assert (events, torch.get_num_threads()) == (["follow_parent", "env.close"], 1)
-
-
 PROBE = {"total_timesteps": 500, "gamma": 0.5, "learning_rate": 0.01, "rmsprop_eps": 0.01, "ent_coef": 0.0}
 KNOWN = {  # observation: (value, best action)
     "ByAction": {(-1,): (1, 0), (1,): (1, 1)},

@@ -257,25 +257,6 @@ def test_worker_follows_the_pseudo_code(monkeypatch, target, n_step, anneal_lr, 
     assert (shared.T, shared.done[:], shared.steps[0]) == (min(stop_after, T_max + 1), [0, 1], 6)
 
 
-@pytest.mark.parametrize("reward", [1e30, inf])  # the gradient's norm becomes infinite, or not a number
-def test_worker_leaves_theta_alone_when_the_gradient_is_not_finite(monkeypatch, reward):
-    rewards, made = iter([*[1.0] * 37, reward]), []
-    monkeypatch.setattr(probes.Endless, "play", lambda self, action: next(rewards))
-    with pytest.raises(FloatingPointError, match=r"at step 38: .*--learning-rate"):
-        work("Endless", lambda *arguments: made.append(Shared(*arguments)) or made[0], train_frequency=2)
-    assert (made[0].theta + made[0].g).isfinite().all()
-    assert (made[0].g.any(), any(made[0].done)) == (True, False)
-
-
-def test_worker_ends_with_its_parent_uses_one_core_and_closes_the_environment(monkeypatch):
-    events = []
-    monkeypatch.setattr(async_qlearning, "follow_parent", lambda: events.append("follow_parent"))
-    monkeypatch.setattr(probes.Script, "close", lambda self: events.append(torch.get_num_threads()))
-    torch.set_num_threads(2)
-    work("Script", total_timesteps=1)
-    assert events == ["follow_parent", 1]
-
-
 PROBE = {"target_network_frequency": 50, "gamma": 0.5, "learning_rate": 0.01, "rmsprop_eps": 0.01}
 
 

@@ -14,6 +14,7 @@ from typing import get_type_hints
 
 import numpy as np
 import pandas as pd
+import probes
 import pytest
 import torch
 from conftest import SHORT, WITH_WORKERS, as_options, each_script, load, tables
@@ -283,6 +284,28 @@ def test_the_backend_fits_the_interpreter(train, capsys, monkeypatch, script, ba
     assert used == "thread" or {"gymnasium", "torch"} <= {*preloaded}
     assert json.loads((folder / "args.json").read_text())["backend_used"] == used
     assert f" {num_workers} {used} workers (GIL: {gil})" in capsys.readouterr().out
+
+
+@each_script(*WITH_WORKERS)
+def test_a_worker_follows_its_parent_uses_one_core_and_closes_its_environment(train, monkeypatch, script):
+    events = []
+    monkeypatch.setattr(script, "follow_parent", lambda: events.append("follow_parent"))
+    monkeypatch.setattr(probes.Script, "close", lambda self: events.append(torch.get_num_threads()))
+    torch.set_num_threads(2)
+    train(script, env_id="probes:Script-v0", total_timesteps=1)
+    assert events == ["follow_parent", 1]
+
+
+@each_script(*WITH_WORKERS)
+@pytest.mark.parametrize("reward", [1e30, math.inf])  # the gradient's norm becomes infinite, or not a number
+def test_a_worker_leaves_theta_alone_when_the_gradient_is_not_finite(train, monkeypatch, capfd, script, reward):
+    made, shared_class = [], script.Shared
+    monkeypatch.setattr(script, "Shared", lambda *arguments: made.append(shared_class(*arguments)) or made[0])
+    monkeypatch.setattr(probes.Endless, "play", lambda self, action: reward if self.t == 39 else 1.0)
+    assert train(script, env_id="probes:Endless-v0", total_timesteps=60)[0] == 1
+    assert re.search(r"FloatingPointError: .* at step 40: .*--learning-rate", capfd.readouterr().err)
+    assert torch.stack([made[0].theta, made[0].g]).isfinite().all()
+    assert (bool(made[0].g.any()), made[0].done[0]) == (True, 0)
 
 
 @each_script(*WITH_WORKERS)
