@@ -8,7 +8,7 @@ Seconds and steps of training until the greedy policy has a mean return of 400 o
 seeds, or of 5 on Breakout, with 3. Every checkpoint, one per 5,000 steps (20,000 on Breakout), is kept during the
 training and evaluated after it, in order, until one reaches the target. Seconds are these steps over the run's own
 steps per second, from the first step of the first worker on, while others may still begin. An hour to three on two idle
-cores for CartPole-v1, longer for Breakout; `--seeds 21 --workers 2 --steps 20000` is a trial.
+cores for each environment; `--seeds 21 --workers 2 --steps 20000` is a trial.
 
 The speed-up is the ratio of one worker's seconds to those of more, run by run. Beside it is the paper's, of time to a
 reference score averaged over seven Atari games (Mnih et al. 2016, table 2). With the three kinds of Q-learning, more
@@ -50,7 +50,7 @@ class Args(tools.DrawingOptions):
     workers: tuple[tools.PositiveInt, ...] = (1, 2, 4, 8, 16)
     """numbers of workers; the first is what the others are compared with"""
     steps: tools.PositiveInt | None = None
-    """steps of each run, by default those of the script, or 1 million on Breakout"""
+    """steps of each run, by default those of the script, or 500,000 on Breakout"""
 
 
 def main(args: Args) -> int:
@@ -58,7 +58,7 @@ def main(args: Args) -> int:
     target = 400.0 if on_cartpole else 5.0
     for workers, (method, (script, flags)) in product(args.workers, (CARTPOLE if on_cartpole else METHODS).items()):
         flags += f" --env-id={args.env_id} --num-workers={workers} --backend=process --eval-episodes=0"
-        steps = args.steps or (None if on_cartpole else 1_000_000)
+        steps = args.steps or (None if on_cartpole else 500_000)
         flags += f" --total-timesteps={steps}" if steps else ""
         flags += "" if on_cartpole else " --log-interval=20000"
         contestants[method, workers] = tools.script(script, flags)
