@@ -4,14 +4,17 @@
     python experiments/ddpg_vs_peers.py --only pendulum --parallel 2
     python experiments/ddpg_vs_peers.py --only speed
 
-On two idle cores "pendulum" takes about 10 minutes, "speed" 45, and "halfcheetah" with `--seeds 1 2 3 4 5` half an
-hour; without `--only` all parts run, one after the other. `--seeds 21 --steps 600 --speed-steps 1000` is a trial.
+On two idle cores these take 10 and 45 minutes, and "halfcheetah" with `--seeds 1 2 3 4 5 --parallel 2` another 45;
+without `--only` all parts run, one after the other. `--seeds 21 --steps 600 --speed-steps 1000` is a trial.
 
 "pendulum", "halfcheetah": mean return of the greedy policy over 20 episodes after 10,000 steps of Pendulum-v1 and
 after 100,000 of HalfCheetah-v5; all contestants are evaluated by the same function and from the same initial states.
 The peers take their settings out of the flags that ddpg.py is called with. ddpg.py gets their networks: the action
 enters its critic at the first layer, and first weights are as torch makes them (SBX's are flax's). On Pendulum-v1
 ddpg.py runs as it is, too.
+
+"updates", half a minute: how far the parameters of ddpg.py are from those of SB3 after 100 updates that begin with the
+same weights and learn from the same minibatches. (Later, what is rounded differently grows.)
 
 "speed": environment steps per second on HalfCheetah-v5 while there is an update at each of them, with minibatches of
 256 and of 64. The first 2,000 steps do not count: 1,000 are random, and during the next 1,000 everyone warms up (SBX
@@ -52,7 +55,7 @@ RANDOM_STEPS = 1_000  # of "speed": an episode, and another one follows before t
 
 @dataclass
 class Args(tools.ParallelOptions):
-    only: Literal["pendulum", "speed", "halfcheetah"] | None = None
+    only: Literal["pendulum", "speed", "updates", "halfcheetah"] | None = None
     """run this part alone"""
     steps: tools.PositiveInt | None = None
     """for a trial: steps of each run that is not timed; half of them are random"""
@@ -77,10 +80,15 @@ def parse(flags: str) -> ddpg.Args:
     return tyro.cli(ddpg.Args, args=flags.split())
 
 
-def train_ours(flags: str, seed: int, folder: Path) -> None:
-    """ddpg.py with SB3's networks."""
+def take_peer_networks() -> None:
+    """Give ddpg.py the networks of SB3."""
     ddpg.Critic = PeerCritic
     ddpg.last_layer = lambda inputs, outputs, shape: nn.Linear(inputs, outputs)  # with torch's first weights
+
+
+def train_ours(flags: str, seed: int, folder: Path) -> None:
+    """ddpg.py with SB3's networks."""
+    take_peer_networks()
     sys.exit(ddpg.main(replace(parse(flags), seed=seed, log_dir=str(folder))))
 
 
@@ -121,6 +129,37 @@ def compare_learning(part: str, args: Args) -> pd.DataFrame:
     return runs
 
 
+def compare_updates(updates: int = 100) -> None:
+    """How far the parameters of ddpg.py and of SB3 are apart after the same updates. Prints it."""
+    from stable_baselines3 import DDPG
+    from stable_baselines3.common.buffers import ReplayBufferSamples
+    from stable_baselines3.common.logger import Logger
+
+    take_peer_networks()
+    args, env = parse(HALFCHEETAH_FLAGS), ddpg.make_env("HalfCheetah-v5")
+    torch.manual_seed(0)
+    ours = ddpg.DDPG(env.observation_space.shape, env.action_space, args)
+    settings = {"learning_rate": args.learning_rate, "gamma": args.gamma, "tau": args.tau}
+    theirs = DDPG("MlpPolicy", env, buffer_size=1, policy_kwargs={"net_arch": [ddpg.HIDDEN] * 2}, **settings)
+    theirs.set_logger(Logger(None, []))
+    pairs = [(ours.actor, theirs.actor), (ours.target_actor, theirs.actor_target)]
+    pairs += [(ours.critic, theirs.critic), (ours.target_critic, theirs.critic_target)]
+    for mine, peer in pairs:
+        peer.load_state_dict(dict(zip(peer.state_dict(), mine.state_dict().values(), strict=True)))
+    rates = {"actor": args.actor_learning_rate, "critic": args.learning_rate}
+    optimizers = {name: torch.optim.Adam([getattr(ours, name).theta], rate, fused=True) for name, rate in rates.items()}
+    n, size, actions = args.batch_size, env.observation_space.shape[0], env.action_space.shape[0]
+    for _ in range(updates):
+        s, s_next, a, r = torch.randn(n, size), torch.randn(n, size), 2 * torch.rand(n, actions) - 1, torch.randn(n)
+        terminated = (torch.rand(n) < 0.05).float()
+        ddpg.update(ours, optimizers, [s, a, r, s_next, terminated], args)
+        batch = ReplayBufferSamples(s, a, s_next, terminated[:, None], r[:, None])
+        theirs.replay_buffer.sample = lambda *_, batch=batch, **__: batch
+        theirs.train(gradient_steps=1, batch_size=n)
+    apart = [(x - y).abs().max() for pair in pairs for x, y in zip(*map(nn.Module.parameters, pair), strict=True)]
+    print(f"after {updates} updates, no parameter of ddpg.py is further than {max(apart):.1e} from SB3's\n")
+
+
 def compare_speed(args: Args) -> pd.DataFrame:
     """Steps per second on HalfCheetah-v5. Prints tables and returns the runs."""
     parts = []
@@ -142,10 +181,12 @@ def compare_speed(args: Args) -> pd.DataFrame:
 
 def main(args: Args) -> int:
     runs = []
+    if args.only in (None, "updates"):
+        compare_updates()
     for part in ("pendulum", "speed", "halfcheetah"):
         if args.only in (None, part):
             runs.append(compare_speed(args) if part == "speed" else compare_learning(part, args))
-    return tools.finish(*runs)
+    return tools.finish(*runs) if runs else 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python experiments/gae_vs_peers.py --only cartpole
     python experiments/gae_vs_peers.py --only mujoco --seeds 1 2 3 4 5 --parallel 2
 
-About half an hour on two idle cores for "cartpole" and an hour for "mujoco"; without `--only` both parts run.
+About half an hour on two idle cores for "cartpole" and two for "mujoco"; without `--only` both parts run.
 `--seeds 21 --speed-steps 20000 --budget 20000 --mujoco-steps 4096` is a trial of two minutes.
 
 "cartpole": `gae.py` and TRPO run with their defaults and 8 environments; TRPO gathers 2,048 steps of each environment
