@@ -13,7 +13,7 @@ cores for each environment; `--seeds 21 --workers 2 --steps 20000` is a trial.
 The speed-up is the ratio of one worker's seconds to those of more, run by run. Beside it is the paper's, of time to a
 reference score averaged over seven Atari games (Mnih et al. 2016, table 2). With the three kinds of Q-learning, more
 workers have other epsilons, too: one ends at 0.1, two at 0.01 and 0.5, four at 0.01, 0.1, 0.1 and 0.5. The picture,
-workers_CartPole-v1.png, shows the seconds of every run.
+workers_CartPole-v1.png or workers_MinAtar-Breakout-v1.png, shows the seconds of every run.
 """
 
 import sys
