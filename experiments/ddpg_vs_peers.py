@@ -181,7 +181,7 @@ def compare_speed(args: Args) -> pd.DataFrame:
 
 def main(args: Args) -> int:
     runs = []
-    if args.only in (None, "updates"):
+    if args.only == "updates" or (args.only is None and not args.draw_only):
         compare_updates()
     for part in ("pendulum", "speed", "halfcheetah"):
         if args.only in (None, part):
