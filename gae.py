@@ -62,7 +62,7 @@ class Args:
     vf_epochs: PositiveInt = 5
     """passes over the batch in which the value function is fitted"""
     minibatch_size: PositiveInt = 250
-    """steps in a minibatch when the value function is fitted, or a few more: a batch is divided evenly"""
+    """smallest number of steps in a minibatch when the value function is fitted; a smaller batch is one minibatch"""
     norm_obs: bool = True
     """subtract the observations' running mean and divide by their running standard deviation; the first hundredth of
     the steps, a batch at most, only measures these. A resumed run without it keeps them as they are"""
