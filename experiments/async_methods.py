@@ -5,7 +5,7 @@
 
 Five games, 2 million steps, 3 seeds, 8 workers, and beside them Stable-Baselines3's A2C and DQN with the same network
 on two of the games: many hours on two cores, so that it is made to be interrupted. Our settings were chosen for
-Breakout, on other seeds; SB3's are its zoo's for Atari, but A2C has 8 environments where the zoo has 16.
+Breakout, on other seeds; SB3's are its zoo's for Atari.
 `--games Breakout --methods A3C --steps 100000 --seeds 21` is a trial of two minutes.
 
 Scores are the mean returns of the training episodes that end in each hundredth of the steps. Of Q-learning's workers
@@ -41,7 +41,7 @@ METHODS = {
     "one-step SARSA": ("async_qlearning.py", tools.flags(**Q, target="sarsa")),
     "n-step Q": ("async_qlearning.py", tools.flags(**Q, n_step=20)),
 }
-PEERS = {"SB3 A2C": {"algorithm": "A2C", "num_envs": 8}, "SB3 DQN": {"algorithm": "DQN"}}
+PEERS = {"SB3 A2C": {"algorithm": "A2C", "num_envs": 16}, "SB3 DQN": {"algorithm": "DQN"}}
 PEER_GAMES = ("Breakout", "SpaceInvaders")
 LAST, TENTH = "last 100 training episodes", "last tenth of training"
 

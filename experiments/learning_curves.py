@@ -3,7 +3,7 @@
     pip install -r experiments/requirements.txt
     python experiments/learning_curves.py --parallel 2
 
-About 20 minutes on two cores; `--seeds 21` is a trial of two. The table has the mean return over 20 greedy episodes
+10 to 20 minutes on two cores; `--seeds 21` is a trial of two. The table has the mean return over 20 greedy episodes
 after training, and how many runs reach 475 on CartPole-v1 or -200 on Pendulum-v1. The picture,
 learning_curves.png, shows the return of training episodes, exploration included, over the environment steps of all
 workers: a thin line for each seed, and their mean thick with its interval.
