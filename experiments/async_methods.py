@@ -14,7 +14,8 @@ over 20 episodes after training, the mean of the last ten scores, and that of th
 Freeway, where episodes are long, a worker has no more than that): the mean over the seeds with its 95 % bootstrap
 interval, and all of them. A random policy plays 300 episodes.
 
-The picture, async_methods.png, shows score over hours and over steps.
+The picture, async_methods.png, shows score over hours and over steps; over hours without SB3's, which were measured
+on another machine.
 """
 
 import sys
@@ -90,12 +91,12 @@ def show(runs: pd.DataFrame, args: Args) -> None:
         for (_, method), group in runs[runs["game"] == game].groupby("name", sort=False):
             for kind, table in scores.items():
                 table.loc[method, game] = tools.with_interval(group[kind].tolist())
-            for axes, x, scale in zip(column, ("time", "step"), (3600, 1e6), strict=True):
+            hours, steps = (column[0], "time", 3600), (column[1], "step", 1e6)
+            for axes, x, scale in [steps] if method in PEERS else [hours, steps]:
                 tools.draw_curves(axes, group["curve"].tolist(), f"C{args.methods.index(method)}", method, x, scale)
-        column[0].set(xscale="log", xlim=(0.003, None))  # DQN takes ten times as long as the others
         column[0].set(xlabel="hours", ylabel="score", title=game)
         column[1].set(xlabel="million steps", ylabel="score", title=game)
-    labels = {label: line for axes in panels[0] for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    labels = {label: line for axes in panels[1] for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(labels.values(), labels, loc="outside lower center", ncols=len(args.methods))
     tools.save_figure(figure, args.pictures / "async_methods.png")
     for kind, table in scores.items():
