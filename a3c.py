@@ -162,7 +162,10 @@ def orthogonal(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
 
 
 def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
-    """Two hidden layers of 64 tanh units; the weights of the last layer are scaled by `gain`."""
+    """Two hidden layers of 64 tanh units; the weights of the last layer are scaled by `gain`.
+
+    `ActorCritic.outputs` computes the same in numpy: change both, nothing fails if they differ.
+    """
     first, second, last = nn.Linear(inputs, 64), nn.Linear(64, 64), nn.Linear(64, outputs)
     return nn.Sequential(orthogonal(first), nn.Tanh(), orthogonal(second), nn.Tanh(), orthogonal(last, gain))
 
@@ -426,12 +429,12 @@ def worker(index: int, args: Args, shared: Shared, first_step: int) -> None:
     torch.set_flush_denormal(True)  # numbers below 1e-38, which g falls to where gradients are 0, take long to compute
     env = make_env(args.env_id, screen_size=args.screen_size)
     space = env.observation_space
-    model = ActorCritic(space.shape, env.action_space)
+    model = ActorCritic(space.shape, env.action_space)  # theta' and theta'_v
     parameters = list(model.parameters())
     observations = np.empty((args.t_max + 1, *space.shape), space.dtype if is_image(space) else np.float32)
     observations[0], _ = env.reset(seed=int(rng.integers(2**31)))
 
-    while (T := shared.T) <= args.total_timesteps and not shared.stop.value:  # until T > T_max
+    while (T := shared.T) <= args.total_timesteps and not shared.stop.value:  # until T > T_max; T is that of t_start
         # d theta <- 0 and d theta_v <- 0: nothing to do, the gradients of a segment are taken at once below
         model.theta.copy_(shared.theta)  # theta' = theta and theta'_v = theta_v
         actions, rewards, n = [], [], 0  # n is t - t_start; s_t is observations[n]
@@ -449,7 +452,7 @@ def worker(index: int, args: Args, shared: Shared, first_step: int) -> None:
         # R, and for i in {t - 1, ..., t_start} the gradients
         batch = torch.from_numpy(observations[: n + 1]), torch.from_numpy(np.array(actions))
         loss, metrics = a3c_loss(model, *batch, rewards, terminated, args)
-        # d_theta is of the loss: the slide's d theta with the other sign, and subtracted where the slide adds
+        # d_theta is the gradient of the loss: minus the slide's d theta, then vf_coef times its d theta_v
         d_theta = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
         norm = d_theta.norm().item()
         if not math.isfinite(norm):
@@ -475,13 +478,14 @@ def main(args: Args) -> int:
         check_film(eval_env)
     threadpool_limits(1)  # as in the workers
     seed_everything(args.seed, 0)
-    model = ActorCritic(eval_env.observation_space.shape, eval_env.action_space)
+    model = ActorCritic(eval_env.observation_space.shape, eval_env.action_space)  # the global theta and theta_v
     auto = "process" if has_gil() and args.num_workers > 1 else "thread"
     backend = auto if args.backend == "auto" else args.backend
     context = multiprocessing.get_context(START_METHOD)
     games = [name for name in ("ale_py", "cv2", "minatar.gym") if name in sys.modules]
     context.set_forkserver_preload(["torch", "gymnasium", "tyro", "tqdm", *games])
-    shared = Shared(model.theta, args, context.SimpleQueue)
+    # `list` in place of queues that an evaluation does not need: each takes two of the files that may be open
+    shared = Shared(model.theta, args, context.SimpleQueue if args.evaluate is None else list)
     if checkpoint:
         with failing(f"the checkpoint does not fit {args.env_id} (as installed here; --screen-size?)"):
             model.load_state_dict(checkpoint["model"])

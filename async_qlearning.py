@@ -51,8 +51,8 @@ class Args:
     target: Literal["q", "sarsa"] = "q"
     """what the target takes of the next state: its largest value (Q-learning), or that of the next action (SARSA)"""
     n_step: PositiveInt = 1
-    """rewards that a target adds up before the value, fewer near a segment's end; if no less than --train-frequency,
-    all that are left"""
+    """rewards in a target before the value is added, fewer for the last steps before an update; with --train-frequency
+    or more, each target takes all rewards up to the update"""
     train_frequency: PositiveInt = 32
     """I_AsyncUpdate: steps of a worker between two updates, fewer before and after the end of an episode"""
     target_network_frequency: PositiveInt = 500
@@ -203,6 +203,7 @@ class QNetwork(nn.Module):
     """Q(s, a; theta) for every action. Vectors pass two hidden layers of 64 tanh units, images `image_layers`.
 
     The attribute `theta` is one vector. Every parameter is a view of it: writing to it changes the network.
+    `act` computes the same as `q`, in numpy: change both, nothing fails if they differ.
 
     Args:
         observation_shape: of a vector or an image.
@@ -417,7 +418,7 @@ def worker(index: int, args: Args, shared: Shared, first_step: int) -> None:
     env = make_env(args.env_id, screen_size=args.screen_size)
     space = env.observation_space
     sizes = space.shape, int(env.action_space.n)
-    model, target_model = QNetwork(*sizes, shared.theta), QNetwork(*sizes, shared.theta_target)
+    model, target_model = QNetwork(*sizes, shared.theta), QNetwork(*sizes, shared.theta_target)  # on theta, theta-
     parameters = list(model.parameters())
     final_epsilon = final_epsilons(args)[index]
     observations = np.empty((args.train_frequency + 1, *space.shape), space.dtype if is_image(space) else np.float32)
@@ -454,7 +455,7 @@ def worker(index: int, args: Args, shared: Shared, first_step: int) -> None:
             shared.update(d_theta, learning_rate)  # asynchronous update of theta using d theta
             shared.log(index, metrics | {"grad_norm": norm, "learning_rate": learning_rate, "epsilon": epsilon})
             observations[0] = observations[n]
-            actions, rewards = actions[n:], []  # d theta <- 0
+            actions, rewards = actions[n:], []  # the next segment, with SARSA's a' (d theta <- 0: nothing to do)
         if terminated or truncated:
             observations[0], _ = env.reset()
             actions = []
@@ -472,13 +473,14 @@ def main(args: Args) -> int:
         check_film(eval_env)
     threadpool_limits(1)  # as in the workers
     seed_everything(args.seed, 0)
-    model = QNetwork(eval_env.observation_space.shape, int(eval_env.action_space.n))
+    model = QNetwork(eval_env.observation_space.shape, int(eval_env.action_space.n))  # the shared network theta
     auto = "process" if has_gil() and args.num_workers > 1 else "thread"
     backend = auto if args.backend == "auto" else args.backend
     context = multiprocessing.get_context(START_METHOD)
     games = [name for name in ("ale_py", "cv2", "minatar.gym") if name in sys.modules]
     context.set_forkserver_preload(["torch", "gymnasium", "tyro", "tqdm", *games])
-    shared = Shared(model.theta, args, context.SimpleQueue)
+    # `list` in place of queues that an evaluation does not need: each takes two of the files that may be open
+    shared = Shared(model.theta, args, context.SimpleQueue if args.evaluate is None else list)
     if checkpoint:
         with failing(f"the checkpoint does not fit {args.env_id} (as installed here; --screen-size?)"):
             model.load_state_dict(checkpoint["model"])

@@ -42,8 +42,8 @@ class Args:
     learning_starts: NonNegativeInt = 1_000
     """steps with uniformly random actions before the first update; a shorter run learns nothing"""
     buffer_size: PositiveInt = 1_000_000
-    """transitions that the replay memory R holds, no more than --total-timesteps; then the oldest are overwritten. It
-    counts images with --pixels: an episode of n transitions has n + 1"""
+    """transitions that the replay memory R has room for, at most --total-timesteps; if it is full, the oldest are
+    overwritten. With --pixels it counts images: an episode of n transitions has n + 1"""
     batch_size: PositiveInt = 64
     """N: transitions in a minibatch; each step learns from one minibatch"""
     learning_rate: PositiveFloat = 1e-3
@@ -473,7 +473,7 @@ def check_space(args: Args, row_size: int) -> int:
     """`fail` if the replay memory does not fit into memory or onto the disk. Returns the buffer's capacity."""
     capacity = min(args.buffer_size, args.total_timesteps)
     folder = Path(args.log_dir if args.resume is None else args.resume).absolute()
-    disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
+    disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if os.path.exists(path)))
     free = min(psutil.virtual_memory().available, disk.free)
     if capacity * row_size > free:
         needed = f"a replay memory of {capacity:,} needs {capacity * row_size / 2**20:,.0f} MiB of memory and disk"
@@ -494,7 +494,7 @@ def main(args: Args) -> int:
         eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None, args.pixels)
     if args.capture_video:
         check_film(eval_env)
-    T = checkpoint["step"] if checkpoint else 0
+    T = checkpoint["step"] if checkpoint else 0  # steps so far, of all episodes; the slide's T is the length of one
     rng = seed_everything(args.seed, T)
     torch.set_num_threads(args.num_threads)
     torch.set_flush_denormal(True)  # Adam's averages decay to numbers below 1e-38, which the CPU computes with slowly
@@ -524,7 +524,7 @@ def main(args: Args) -> int:
 
     run = Run(SCRIPT, args, METRICS, {}, checkpoint)
     print(f"{SCRIPT}: {args.env_id}, replay memory {buffer.rows.nbytes / 2**20:,.1f} MiB, {run.folder}", flush=True)
-    latest = []  # metrics of the updates that count, since the last row
+    latest = []  # metrics since the last row, of one update in METRICS_EVERY
 
     def log_and_save() -> None:
         if latest:
@@ -561,7 +561,7 @@ def main(args: Args) -> int:
                 seen = f"{observation}, {action} gave {next_observation} and reward {reward}"
                 raise FloatingPointError(f"{seen} at step {T + 1:,}")
             T += 1
-            # Store the transition in R
+            # Store the transition in R. A time limit (truncated) is no terminal state: y then has the value of s_{t+1}
             buffer.add(observation, action, reward, next_observation, terminated)
             # Sample a random minibatch from R, and learn from it
             if T >= args.learning_starts:

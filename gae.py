@@ -116,7 +116,10 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
 
 
 def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
-    """Two hidden layers of 64 tanh units; orthogonal weights, those of the last layer scaled by `gain`."""
+    """Two hidden layers of 64 tanh units; orthogonal weights, those of the last layer scaled by `gain`.
+
+    `ActorCritic.act` computes the same in numpy: change both, nothing fails if they differ.
+    """
     layers = [nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)]
     for layer, layer_gain in zip(layers[::2], (math.sqrt(2), math.sqrt(2), gain), strict=True):
         nn.init.orthogonal_(layer.weight, layer_gain)
@@ -465,7 +468,6 @@ def main(args: Args) -> int:
                 next_values = model.value(torch.from_numpy(model.normalize(next_observations))).numpy()
             data = rewards, values, next_values, terminated, truncated
             advantages = compute_gae(*data, args.gamma, args.gae_lambda)
-            returns = compute_gae(*data, args.gamma, gae_lambda=1.0) + values  # discounted rewards, V beyond their end
             mean, std = advantages.mean(), advantages.std()
             if not math.isfinite(std):
                 raise FloatingPointError(f"the advantages are {mean} at step {T:,}: what does the environment return?")
@@ -474,6 +476,8 @@ def main(args: Args) -> int:
             inputs, actions = inputs.flatten(0, 1), torch.from_numpy(actions).flatten(0, 1)
             metrics = update_policy(model, optimizers["actor"], inputs, actions, normalized, args, rng)
             metrics["value_loss"] = fit_value_function(model, optimizers["critic"], inputs, lambda_returns, args, rng)
+            # Only to judge V: with lambda = 1, discounted rewards, and V beyond their end
+            returns = compute_gae(*data, args.gamma, gae_lambda=1.0) + values
             metrics["explained_variance"] = 1 - (returns - values).var() / max(returns.var(), 1e-12)
             latest.append(metrics | {"advantage_mean": mean, "advantage_std": std, "learning_rate": args.learning_rate})
             if args.norm_obs:

@@ -48,16 +48,16 @@ def parse_args(args_class: type, script: str):
 def load_checkpoint(args, script: str) -> dict | None:
     """The checkpoint of the run that --resume or --evaluate names, None without either.
 
-    `fail`s if there is none, if it cannot be read, or if it is of another script.
+    `fail`s if there is none, if it cannot be read, if it is of another script, or if nothing can be written beside it.
     """
     if args.resume is not None and args.evaluate is not None:
         fail("--resume trains and --evaluate does not: give one of them")
     folder = args.evaluate if args.resume is None else args.resume
     if folder is None:
         return None
-    with failing(f"'{folder}' holds no checkpoint.pt, or a damaged one"):
+    with failing(f"'{folder}' holds no checkpoint.pt of {script}.py, or a damaged one"):
         checkpoint = torch.load(Path(folder) / "checkpoint.pt", weights_only=True, map_location="cpu")
         origin, _ = checkpoint["script"], checkpoint["args"]["env_id"]  # without either it is none
-    if origin != script:
-        fail(f"{folder} is a run of {origin}.py, not of {script}.py")
+        assert origin == script, f"it is of {origin}.py"
+        assert os.access(Path(folder), os.W_OK), "the folder cannot be written to, copy it first"
     return checkpoint

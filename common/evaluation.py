@@ -37,7 +37,7 @@ def evaluate(policy: Callable, env: gym.Env, args, folder: Path) -> tuple[str, f
         env = gym.wrappers.RecordVideo(env, str(folder / "videos"), episode_trigger=lambda i: i < 3)
     returns, dtype = [], np.float32 if len(env.observation_space.shape) == 1 else None
     for episode in range(args.eval_episodes):
-        # one seed for all episodes, and none of the workers', which are below 2^31
+        # the first episode is seeded, the others go on from it; seeds of workers are below 2^31
         observation, _ = env.reset(seed=2**31 + args.seed % 2**31 if episode == 0 else None)
         for _ in range(env.spec.max_episode_steps or 30_000):  # or a policy may walk in circles for ever
             observation, _, terminated, truncated, _ = env.step(policy(np.asarray(observation, dtype)))

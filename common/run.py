@@ -225,8 +225,8 @@ class _Table:
 
 def _new_folder(args, script: str) -> Path:
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{script}__{args.seed}"
-    while (folder := Path(args.log_dir) / f"{name}__{time.time():.0f}").exists():
-        time.sleep(0.1)  # another run has the name of this second
     with failing("--log-dir: no folder can be made there"):
+        while (folder := Path(args.log_dir) / f"{name}__{time.time():.0f}").exists():
+            time.sleep(0.1)  # another run has the name of this second
         folder.mkdir(parents=True)
     return folder

@@ -1,5 +1,6 @@
 """Bad input: one line that says what is wrong, exit code 2, and nothing is written."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def refuse(monkeypatch, capfd, tmp_path, command):
         (("--log-interval", 0), "--log-interval must be at least 1"),
         (("--eval-episodes", -1), "--eval-episodes must be at least 0"),
         (("--log-dir", "/dev/null/runs"), "--log-dir: no folder can be made there"),
+        (("--log-dir", "n" * 300), "--log-dir: no folder can be made there"),
         (("--capture-video", "--eval-episodes", 0), "need an evaluation"),
         (("--capture-video", "--env-id", "probes:Constant-v0"), "probes:Constant-v0 cannot be used"),
         (("--resume", ""), "holds no checkpoint.pt"),
@@ -138,11 +140,12 @@ class RunsCode:
 
 
 @each_script()
-def test_bad_checkpoints(train, refuse, script):
+def test_bad_checkpoints(train, refuse, monkeypatch, script):
     _, folder = train(script, total_timesteps=20)
     path, env_id = folder / "checkpoint.pt", load(folder)["args"]["env_id"]
     whole, content = path.read_bytes(), load(folder)
     more = ("--total-timesteps", 100)
+    damaged_one = f"holds no checkpoint.pt of {script.SCRIPT}.py, or a damaged one"
 
     for fewer in ((), ("--total-timesteps", 5)):
         assert "steps already: give more with --total-timesteps" in refuse(script, "--resume", folder, *fewer)
@@ -150,18 +153,22 @@ def test_bad_checkpoints(train, refuse, script):
         assert f"is a run on {env_id}, not on Acrobot-v1" in refuse(script, flag, folder, "--env-id", "Acrobot-v1")
         assert "--learning-rate must be above 0" in refuse(script, flag, folder, *more, "--learning-rate", 0)
     assert "need an evaluation" in refuse(script, "--evaluate", folder, "--eval-episodes", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: (Path(path), mode) != (folder, os.W_OK))  # for root, too
+        for flag in ("--resume", "--evaluate"):
+            assert "one: the folder cannot be written to, copy it first" in refuse(script, flag, folder, *more)
     for data in (b"", whole[:10], whole[: len(whole) // 2], whole[:-1], b"certainly not a checkpoint" * 100):
         path.write_bytes(data)
         for flag in ("--resume", "--evaluate"):
-            assert "holds no checkpoint.pt, or a damaged one" in refuse(script, flag, folder, *more)
+            assert damaged_one in refuse(script, flag, folder, *more)
     for damaged in ([1, 2, 3], {"model": content["model"]}, content | {"args": {}}):
         torch.save(damaged, path)
-        assert "holds no checkpoint.pt, or a damaged one" in refuse(script, "--resume", folder, *more)
+        assert damaged_one in refuse(script, "--resume", folder, *more)
     torch.save(content | {"args": content["args"] | {"more": RunsCode(folder / "made")}}, path)
-    assert "holds no checkpoint.pt, or a damaged one" in refuse(script, "--evaluate", folder)
+    assert damaged_one in refuse(script, "--evaluate", folder)
     assert not (folder / "made").exists()
     torch.save(content | {"script": "another"}, path)
-    assert f"is a run of another.py, not of {script.SCRIPT}.py" in refuse(script, "--resume", folder, *more)
+    assert "or a damaged one: it is of another.py" in refuse(script, "--resume", folder, *more)
     torch.save(content | {"model": {"wrong": torch.zeros(1)}}, path)
     for flag in ("--resume", "--evaluate"):
         assert f"the checkpoint does not fit {env_id}" in refuse(script, flag, folder, *more)

@@ -199,7 +199,7 @@ def test_an_answer_that_is_lost_is_asked_for_again(monkeypatch, lag, arrives):
         ({"learning_rate": -1.0}, "--learning-rate must be above 0 and finite, not -1"),
         ({"evaluate": "runs/x"}, "evaluate with: python a3c.py --evaluate runs/x"),
         ({"backend": "thread"}, "--backend is for a3c.py: here, workers are tasks of Ray"),
-        ({"resume": "runs/x"}, "'runs/x' holds no checkpoint.pt, or a damaged one"),
+        ({"resume": "runs/x"}, "'runs/x' holds no checkpoint.pt of a3c.py, or a damaged one"),
         ({"env_id": "NoSuch-v0"}, "NoSuch-v0 cannot be used"),
         ({"address": "ray://head:10001"}, "--address ray://head:10001: start the program on a machine of the cluster"),
     ],

@@ -221,7 +221,7 @@ def test_a_copy_under_another_name_has_runs_of_its_own(tmp_path, monkeypatch, sc
 
 
 @each_script()
-def test_evaluate_is_greedy_repeats_and_writes_nothing_else(train, command, capsys, script):
+def test_evaluate_is_greedy_repeats_and_writes_nothing_else(train, command, capsys, monkeypatch, script):
     """Where all observations are the same, so are all greedy actions."""
     _, folder = train(script, env_id="probes:TellsActions-v0", total_timesteps=100, eval_episodes=3)
     result = folder / "evaluation.json"
@@ -230,6 +230,7 @@ def test_evaluate_is_greedy_repeats_and_writes_nothing_else(train, command, caps
     result.unlink()
     before = {path: path.read_bytes() for path in folder.iterdir()}
     capsys.readouterr()
+    monkeypatch.setattr("multiprocessing.context.BaseContext.SimpleQueue", None)  # as many workers as one likes
     assert command(script, "--evaluate", folder, "--eval-episodes", 3) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"{script.SCRIPT}: greedy return ")
