@@ -4,14 +4,14 @@
     python experiments/ddpg_vs_peers.py --only pendulum --parallel 2
     python experiments/ddpg_vs_peers.py --only speed
 
-On two idle cores these take 10 and 45 minutes, and "halfcheetah" with `--seeds 1 2 3 4 5 --parallel 2` another 45;
-without `--only` all parts run, one after the other. `--seeds 21 --steps 600 --speed-steps 1000` is a trial.
+On two idle cores these take 10 and 45 minutes, and "halfcheetah" with `--parallel 2` two hours, half of that with five
+`--seeds`; without `--only` all parts run, one after the other. `--seeds 21 --steps 600 --speed-steps 1000` is a trial.
 
 "pendulum", "halfcheetah": mean return of the greedy policy over 20 episodes after 10,000 steps of Pendulum-v1 and
 after 100,000 of HalfCheetah-v5; all contestants are evaluated by the same function and from the same initial states.
 The peers take their settings out of the flags that ddpg.py is called with. ddpg.py gets their networks: the action
-enters its critic at the first layer, and first weights are as torch makes them (SBX's are flax's). On Pendulum-v1
-ddpg.py runs as it is, too.
+enters its critic at the first layer, and first weights are as torch makes them (SBX's are flax's). It also runs as it
+is.
 
 "updates", half a minute: how far the parameters of ddpg.py are from those of SB3 after 100 updates that begin with the
 same weights and learn from the same minibatches. (Later, what is rounded differently grows.)
@@ -122,8 +122,7 @@ def compare_learning(part: str, args: Args) -> pd.DataFrame:
     flags += f" --env-id={env_id} --total-timesteps={args.steps or steps}"
     flags += f" --learning-starts={args.steps // 2}" if args.steps else ""
     contestants = new_contestants(flags, {"": 1})
-    if part == "pendulum":
-        contestants[AS_IT_IS] = tools.script("ddpg.py", flags)
+    contestants[AS_IT_IS] = tools.script("ddpg.py", flags)
     runs = tools.play(contestants, tools.read_return, args, "ddpg_returns", args.parallel)
     tools.show(runs, tools.RETURN, of=f"{env_id}, {args.steps or steps:,} steps,")
     return runs
