@@ -10,8 +10,8 @@ On two idle cores these take 10 and 45 minutes, and "halfcheetah" with `--parall
 "pendulum", "halfcheetah": mean return of the greedy policy over 20 episodes after 10,000 steps of Pendulum-v1 and
 after 100,000 of HalfCheetah-v5; all contestants are evaluated by the same function and from the same initial states.
 The peers take their settings out of the flags that ddpg.py is called with. ddpg.py gets their networks: the action
-enters its critic at the first layer, and first weights are as torch makes them (SBX's are flax's). It also runs as it
-is.
+enters its critic at the first layer, and first weights are as torch makes them (SBX's are flax's). It also runs with
+SB3's noise on the random actions at the beginning, the one difference that is left, and as it is.
 
 "updates", half a minute: how far the parameters of ddpg.py are from those of SB3 after 100 updates that begin with the
 same weights and learn from the same minibatches. (Later, what is rounded differently grows.)
@@ -41,7 +41,7 @@ from torch import nn
 import ddpg
 
 HALFCHEETAH_FLAGS = "--learning-starts 10000 --learning-rate 3e-4 --actor-learning-rate 3e-4"
-OURS, AS_IT_IS = "ddpg.py", "ddpg.py, as it is"
+OURS, NOISY_START, AS_IT_IS = "ddpg.py", "ddpg.py, noise on random actions", "ddpg.py, as it is"
 SB3, SBX = "SB3 DDPG", "SBX DDPG"
 THREADS = {"": 1, ", default threads": 0}  # by the end of a peer's name; 0 is its default
 OURS_2 = "ddpg.py, 2 threads"
@@ -86,9 +86,12 @@ def take_peer_networks() -> None:
     ddpg.last_layer = lambda inputs, outputs, shape: nn.Linear(inputs, outputs)  # with torch's first weights
 
 
-def train_ours(flags: str, seed: int, folder: Path) -> None:
-    """ddpg.py with SB3's networks."""
+def train_ours(flags: str, seed: int, folder: Path, noisy_start: bool = False) -> None:
+    """ddpg.py with SB3's networks. `noisy_start` adds the noise to the random actions at the beginning, as SB3 does."""
     take_peer_networks()
+    if noisy_start:
+        std, size = parse(flags).noise_std, ddpg.make_env(parse(flags).env_id).action_space.shape
+        ddpg.Actor.random_action = lambda _, rng: (rng.uniform(-1, 1, size) + rng.normal(0, std, size)).clip(-1, 1)
     sys.exit(ddpg.main(replace(parse(flags), seed=seed, log_dir=str(folder))))
 
 
@@ -122,6 +125,7 @@ def compare_learning(part: str, args: Args) -> pd.DataFrame:
     flags += f" --env-id={env_id} --total-timesteps={args.steps or steps}"
     flags += f" --learning-starts={args.steps // 2}" if args.steps else ""
     contestants = new_contestants(flags, {"": 1})
+    contestants[NOISY_START] = tools.call(train_ours, flags=flags, noisy_start=True)
     contestants[AS_IT_IS] = tools.script("ddpg.py", flags)
     runs = tools.play(contestants, tools.read_return, args, "ddpg_returns", args.parallel)
     tools.show(runs, tools.RETURN, of=f"{env_id}, {args.steps or steps:,} steps,")
