@@ -11,7 +11,7 @@ On two idle cores these take 10 and 45 minutes, and "halfcheetah" with `--parall
 after 100,000 of HalfCheetah-v5; all contestants are evaluated by the same function and from the same initial states.
 The peers take their settings out of the flags that ddpg.py is called with. ddpg.py gets their networks: the action
 enters its critic at the first layer, and first weights are as torch makes them (SBX's are flax's). It also runs with
-SB3's noise on the random actions at the beginning, the one difference that is left, and as it is.
+SB3's noise on the random actions at the beginning, and as it is.
 
 "updates", half a minute: how far the parameters of ddpg.py are from those of SB3 after 100 updates that begin with the
 same weights and learn from the same minibatches. (Later, what is rounded differently grows.)
