@@ -17,6 +17,7 @@ The picture, ddpg_branches.png, shows the returns of training episodes.
 
 import sys
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -76,6 +77,8 @@ def main(args: Args) -> int:
         options = replace(args, seeds=args.seeds[: panel.seeds])
         runs = tools.play(contestants, read, options, "ddpg_branches", args.parallel)
         tools.show(runs, tools.RETURN, TRAINING_RETURN, of=f"{steps:,} steps:")
+        for measure in (tools.RETURN, TRAINING_RETURN):
+            tools.show_differences(runs, measure, combinations(contestants, 2), of=f"{steps:,} steps:")
         for branch in panel.branches:
             group = runs[(runs["name"] == f"{title}, {branch}") & (runs["failed"] == "")]
             if len(group):

@@ -28,6 +28,7 @@ measured, which is one after the other.
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -128,7 +129,9 @@ def compare_learning(part: str, args: Args) -> pd.DataFrame:
     contestants[NOISY_START] = tools.call(train_ours, flags=flags, noisy_start=True)
     contestants[AS_IT_IS] = tools.script("ddpg.py", flags)
     runs = tools.play(contestants, tools.read_return, args, "ddpg_returns", args.parallel)
-    tools.show(runs, tools.RETURN, of=f"{env_id}, {args.steps or steps:,} steps,")
+    title = f"{env_id}, {args.steps or steps:,} steps,"
+    tools.show(runs, tools.RETURN, of=title)
+    tools.show_differences(runs, tools.RETURN, product([OURS, NOISY_START, AS_IT_IS], [SB3, SBX]), of=title)
     return runs
 
 

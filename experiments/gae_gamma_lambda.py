@@ -75,6 +75,9 @@ def main(args: Args) -> int:
         tools.print_table("gamma \\ lambda", table)
     for name in (LAST, ALL):
         tools.print_table(f"gamma, lambda: {name}", tools.spread(runs, name).sort_values("mean", ascending=False))
+    pairs = [((f"{gamma:g}", "0.99"), (f"{gamma:g}", "1")) for gamma in args.gammas]
+    if {0.99, 1} <= set(args.lambdas):
+        tools.show_differences(all_runs, LAST, pairs, of="gamma, lambda:")
     draw(tables, title, args)
     return tools.finish(all_runs)
 

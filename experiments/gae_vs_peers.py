@@ -113,6 +113,8 @@ def compare_on_mujoco(args: Args) -> list[pd.DataFrame]:
             contestants[f"SB3 {algorithm}, zoo"] = peer(algorithm=algorithm)
         parts.append(tools.play(contestants, tools.read_return, args, "gae_mujoco", args.parallel))
         tools.show(parts[-1], tools.RETURN, of=env_id)
+        pairs = [(OURS, peer) for peer in contestants if peer != OURS]
+        tools.show_differences(parts[-1], tools.RETURN, pairs, of=env_id)
     return parts
 
 

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -405,6 +405,14 @@ def ratios(runs: pd.DataFrame, measure: str, above: list[str], below: list[str])
     return table.rename(columns={"mean": "geometric mean"})
 
 
+def differences(runs: pd.DataFrame, measure: str, pairs: Iterable[tuple]) -> pd.DataFrame:
+    """A table of `spread` for each pair of contestants: the first one's runs less the other's with the same seed."""
+    values = runs.reindex(columns=["name", "seed", measure]).set_index("seed")
+    values = {name: group[measure] for name, group in values.groupby("name")}
+    rows = [pd.DataFrame({"name": f"{one} - {other}", measure: values[one] - values[other]}) for one, other in pairs]
+    return spread(pd.concat([runs.head(0), *rows]), measure)
+
+
 def cell(value: float | str) -> str:
     """A number with as many digits as are of interest."""
     if isinstance(value, str):
@@ -432,6 +440,11 @@ def show(runs: pd.DataFrame, *measures: str, of: str = "") -> None:
 def show_ratios(runs: pd.DataFrame, measure: str, above: list[str], below: list[str], of: str = "") -> None:
     """Print the table of `ratios`."""
     print_table(f"{of} {measure}, ratio".strip(), ratios(runs, measure, above, below))
+
+
+def show_differences(runs: pd.DataFrame, measure: str, pairs: Iterable[tuple], of: str = "") -> None:
+    """Print the table of `differences`."""
+    print_table(f"{of} {measure}, difference".strip(), differences(runs, measure, pairs))
 
 
 def where(directory: Path) -> str:

@@ -105,6 +105,15 @@ def test_ratios_are_of_runs_with_the_same_seed():
     assert table["each run"].tolist() == ["2, 4", "2, 0.50"]
 
 
+def test_differences_are_of_runs_with_the_same_seed():
+    rows = [("a", 1, 6.0), ("a", 2, 8.0), ("b", 2, 2.0), ("b", 1, 3.0), ("c", 1, 3.0), ("c", 2, 16.0)]
+    runs = pd.DataFrame(rows, columns=["name", "seed", "speed"])
+    table = tools.differences(runs, "speed", [("a", "b"), ("c", "a")])
+    assert table["each run"].to_dict() == {"a - b": "3, 6", "c - a": "-3, 8"}
+    assert table.loc["c - a", ["mean", *tools.INTERVAL]].tolist() == pytest.approx([2.5, -3, 8])
+    assert tools.differences(runs, "speed", []).empty
+
+
 def test_tables_without_a_single_figure(capsys):
     """As of runs that have all failed: nothing has such a column."""
     runs = pd.DataFrame({"name": ["a", "b"], "seed": [1, 1], "failed": [tools.NOT_RUN] * 2})
