@@ -142,7 +142,7 @@ def make_env(env_id: str, render_mode: str | None = None, screen_size: int = 42)
         return env if space.start == 0 else TransformAction(env, lambda a: space.start + a, spaces.Discrete(space.n))
     is_box = isinstance(space, spaces.Box) and space.dtype.kind == "f"
     if not is_box or not (np.abs([space.low, space.high]) < 1e9).all():  # beyond that, no bound is meant
-        raise ValueError(f"a3c.py needs Discrete actions or a Box of real numbers with bounds, not {space}")
+        raise ValueError(f"{SCRIPT}.py needs Discrete actions or a Box of real numbers with bounds, not {space}")
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     scale = high / 2 - low / 2
     center = low + scale
@@ -452,7 +452,8 @@ def worker(index: int, args: Args, shared: Shared, first_step: int) -> None:
         # R, and for i in {t - 1, ..., t_start} the gradients
         batch = torch.from_numpy(observations[: n + 1]), torch.from_numpy(np.array(actions))
         loss, metrics = a3c_loss(model, *batch, rewards, terminated, args)
-        # d_theta is the gradient of the loss: minus the slide's d theta, then vf_coef times its d theta_v
+        # d_theta is the gradient of the loss: minus the slide's d theta, and vf_coef times its d theta_v. Vectors have a
+        # network for each of the two; in the layers that they share for images, they add up.
         d_theta = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
         norm = d_theta.norm().item()
         if not math.isfinite(norm):
@@ -464,8 +465,8 @@ def worker(index: int, args: Args, shared: Shared, first_step: int) -> None:
         observations[0] = observations[n]
         if terminated or truncated:
             observations[0], _ = env.reset()
-    shared.done[index] = True
     env.close()
+    shared.done[index] = True
 
 
 def main(args: Args) -> int:

@@ -425,7 +425,9 @@ def worker(index: int, args: Args, shared: Shared, first_step: int) -> None:
     observations[0], _ = env.reset(seed=int(rng.integers(2**31)))
     actions, rewards, t = [], [], 0
 
-    stopped = False  # once `shared.stop` is set: the steps since the last update are learned, and the loop ends
+    # Once `shared.stop` is set, the steps since the last update are learned, and the loop ends. At T_max the last few,
+    # less than I_AsyncUpdate, are not learned, as on the slide.
+    stopped = False
     while (T := shared.T) <= args.total_timesteps and not stopped:  # until T > T_max
         n = len(rewards)  # steps since the last update; s is observations[n]
         # Take action a with epsilon-greedy policy based on Q(s, a; theta)
@@ -459,8 +461,8 @@ def worker(index: int, args: Args, shared: Shared, first_step: int) -> None:
         if terminated or truncated:
             observations[0], _ = env.reset()
             actions = []
-    shared.done[index] = True
     env.close()
+    shared.done[index] = True
 
 
 def main(args: Args) -> int:

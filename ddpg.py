@@ -125,7 +125,7 @@ def make_env(env_id: str, render_mode: str | None = None, pixels: bool = False) 
     is_box = isinstance(space, spaces.Box) and space.dtype.kind == "f"
     if not is_box or not (np.abs([space.low, space.high]) < 1e9).all():  # beyond that, no bound is meant
         discrete = "" if pixels else "Discrete actions or "
-        raise ValueError(f"ddpg.py needs {discrete}a Box of real numbers with bounds, not {space}")
+        raise ValueError(f"{SCRIPT}.py needs {discrete}a Box of real numbers with bounds, not {space}")
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     scale = high / 2 - low / 2
     center = low + scale

@@ -103,7 +103,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     if isinstance(space, spaces.Discrete):
         return env if space.start == 0 else TransformAction(env, lambda a: space.start + a, spaces.Discrete(space.n))
     if not isinstance(space, spaces.Box) or space.dtype.kind != "f":
-        raise ValueError(f"gae.py needs Discrete actions or a Box of real numbers, not {space}")
+        raise ValueError(f"{SCRIPT}.py needs Discrete actions or a Box of real numbers, not {space}")
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     has_bounds = (low > -1e9) & (high < 1e9)  # beyond that, no bound is meant
     scale = np.where(has_bounds, high / 2 - low / 2, 1)

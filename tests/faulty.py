@@ -73,6 +73,12 @@ class HangsAtClose(Probe):
             hang()
 
 
+class RaisesAtClose(HangsAtClose):
+    def close(self):
+        if getattr(self, "is_used", False):
+            raise RuntimeError("the probe cannot be closed")
+
+
 class Killed(Failing):
     def fail(self):
         os.kill(os.getpid(), signal.SIGKILL)
