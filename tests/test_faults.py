@@ -86,7 +86,7 @@ def test_an_environment_that_fails_ends_the_run(train, capfd, script, env_id, te
 
 @each_script()
 def test_an_environment_that_cannot_be_closed_fails_the_run(train, capfd, script):
-    code, folder = train(script, env_id="faulty:RaisesAtClose-v0", total_timesteps=20, eval_episodes=1)
+    code, folder = train(script, env_id="faulty:RaisesAtClose-v0", total_timesteps=20, eval_episodes=0)
     assert code == 1
     assert "RuntimeError: the probe cannot be closed" in capfd.readouterr().err
     assert check_saved(folder) >= 20
