@@ -3,8 +3,10 @@
     pip install -r experiments/requirements.txt
     python experiments/gae_vs_peers.py --only cartpole
     python experiments/gae_vs_peers.py --only mujoco --seeds 1 2 3 4 5 --parallel 2
+    python experiments/gae_vs_peers.py --only mujoco-speed --seeds 1 2 3 4 5
 
-About half an hour on two idle cores for "cartpole" and two for "mujoco"; without `--only` both parts run.
+About half an hour on two idle cores for "cartpole", two hours for "mujoco" and SPEEDTIME for "mujoco-speed"; without
+`--only` all parts run.
 `--seeds 21 --speed-steps 20000 --budget 20000 --mujoco-steps 4096` is a trial of two minutes.
 
 "cartpole": `gae.py` and TRPO run with their defaults and 8 environments; TRPO gathers 2,048 steps of each environment
@@ -24,9 +26,11 @@ has a bound on the KL divergence of 0.01 for each dimension of the actions, whic
 over the dimensions where the divergence is their sum. On HalfCheetah-v5 its Gaussian begins with a standard deviation
 of 0.37 (the zoo's PPO with 0.14 on both), chosen on other seeds.
 
-Every run has a process of its own, and the contestants take turns. Runs on CartPole-v1 come one after the other; SB3
-has one torch thread and, with the first seed, torch's default number too, of which the faster goes on. For MuJoCo,
-where no time is measured, all have one thread and `--parallel` runs go at once. Ratios are of runs with the same seed.
+"mujoco-speed": steps per second of the same runs of gae.py and TRPO, after fewer steps.
+
+Every run has a process of its own, and the contestants take turns. Where time is measured, they come one after the
+other; SB3 has one torch thread and, with the first seed, torch's default number too, of which the faster goes on. For
+"mujoco", all have one thread and `--parallel` runs go at once. Ratios are of runs with the same seed.
 """
 
 import sys
@@ -61,7 +65,7 @@ PEERS |= {name: {"algorithm": "PPO", "threads": threads} for name, threads in PP
 
 @dataclass
 class Args(tools.ParallelOptions):
-    only: Literal["cartpole", "mujoco"] | None = None
+    only: Literal["cartpole", "mujoco", "mujoco-speed"] | None = None
     """run this part alone"""
     speed_steps: tools.PositiveInt = 100_000
     """steps of each run that measures steps per second"""
@@ -118,8 +122,25 @@ def compare_on_mujoco(args: Args) -> list[pd.DataFrame]:
     return parts
 
 
+def compare_speed_on_mujoco(args: Args) -> list[pd.DataFrame]:
+    """Steps per second. Prints tables and returns the runs."""
+    parts, name = [], "gae_mujoco_speed"
+    for env_id, flags in MUJOCO.items():
+        flags += f" --env-id={env_id} --total-timesteps={args.speed_steps} --eval-episodes=0"
+        contestants = {OURS: tools.script("gae.py", flags)}
+        for peer in (*TRPOS, *TUNED_TRPOS):
+            own = PEERS[peer] | ({"num_envs": 1} if peer in TRPOS else {})  # SB3's default
+            contestants[peer] = tools.call(peers.train_sb3, env_id=env_id, steps=args.speed_steps, **own)
+        rivals = [list(TRPOS), list(TUNED_TRPOS)]
+        runs, chosen = tools.play_with_rivals(contestants, read_whole_speed, args, name, rivals)
+        parts.append(runs)
+        tools.show(runs, tools.SPEED, of=env_id)
+        tools.show_ratios(runs, tools.SPEED, [OURS], chosen, of=env_id)
+    return parts
+
+
 def main(args: Args) -> int:
-    parts = {"cartpole": compare_on_cartpole, "mujoco": compare_on_mujoco}
+    parts = {"cartpole": compare_on_cartpole, "mujoco": compare_on_mujoco, "mujoco-speed": compare_speed_on_mujoco}
     runs = []
     for part, compare in parts.items():
         runs += compare(args) if args.only in (None, part) else []

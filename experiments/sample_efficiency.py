@@ -55,6 +55,7 @@ def main(args: Args) -> int:
     for target in TARGETS:
         tools.show(runs, f"{tools.STEPS_TO_TARGET} {target}", f"{tools.SECONDS_TO_TARGET} {target}")
         tools.show_ratios(runs, f"{tools.STEPS_TO_TARGET} {target}", ["a3c.py"], ["ddpg.py"])
+        tools.show_ratios(runs, f"{tools.SECONDS_TO_TARGET} {target}", ["ddpg.py"], ["a3c.py"])
     tools.show(runs, tools.RETURN)
 
     figure, ((axes,),) = tools.new_figure(1, 1, height=5)

@@ -72,6 +72,7 @@ def main(args: Args) -> int:
         mine = mine.assign(name=[workers for _, workers in mine["name"]])
         tools.show(mine, tools.SECONDS_TO_TARGET, tools.STEPS_TO_TARGET, of=f"{method} on {args.env_id}, workers:")
         speed_up = tools.ratios(mine, tools.SECONDS_TO_TARGET, [args.workers[0]], list(args.workers))
+        tools.show_ratios(mine, tools.STEPS_TO_TARGET, list(args.workers), [args.workers[0]], of=method)
         paper = pd.Series(paper).reindex(args.workers)
         pairs = [f"{args.workers[0]} / {workers}" for workers in args.workers]
         speed_up["paper's"] = pd.Series((paper / paper.iloc[0]).tolist(), pairs)
