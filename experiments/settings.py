@@ -28,8 +28,8 @@ SETTINGS = {
         "--num-workers 16",
         "--num-workers 8 --target sarsa",
         "--num-workers 8 --n-step 32",
-        "--env-id Acrobot-v1 --total-timesteps 1000000 --target-network-frequency 2000",
-        "--env-id Acrobot-v1 --total-timesteps 1000000 --target-network-frequency 2000 --n-step 32",
+        "--env-id Acrobot-v1 --total-timesteps 1000000 --target-network-frequency 2000 --max-grad-norm 1e5",
+        "--env-id Acrobot-v1 --total-timesteps 1000000 --target-network-frequency 2000 --max-grad-norm 1e5 --n-step 32",
     ],
     "gae.py": [
         "--env-id Acrobot-v1 --total-timesteps 300000",
