@@ -452,8 +452,8 @@ def worker(index: int, args: Args, shared: Shared, first_step: int) -> None:
         # R, and for i in {t - 1, ..., t_start} the gradients
         batch = torch.from_numpy(observations[: n + 1]), torch.from_numpy(np.array(actions))
         loss, metrics = a3c_loss(model, *batch, rewards, terminated, args)
-        # d_theta is the gradient of the loss: minus the slide's d theta, and vf_coef times its d theta_v. Vectors have a
-        # network for each of the two; in the layers that they share for images, they add up.
+        # d_theta is the gradient of the loss: minus the slide's d theta, and vf_coef times its d theta_v. For vectors
+        # each has a network of its own; in the layers that they share for images, the two add up.
         d_theta = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
         norm = d_theta.norm().item()
         if not math.isfinite(norm):
