@@ -426,7 +426,7 @@ def worker(index: int, args: Args, shared: Shared, first_step: int) -> None:
     actions, rewards, t = [], [], 0
 
     # Once `shared.stop` is set, the steps since the last update are learned, and the loop ends. At T_max the last few,
-    # less than I_AsyncUpdate, are not learned, as on the slide.
+    # fewer than I_AsyncUpdate, are not learned, as on the slide.
     stopped = False
     while (T := shared.T) <= args.total_timesteps and not stopped:  # until T > T_max
         n = len(rewards)  # steps since the last update; s is observations[n]

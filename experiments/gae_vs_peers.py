@@ -5,8 +5,8 @@
     python experiments/gae_vs_peers.py --only mujoco --seeds 1 2 3 4 5 --parallel 2
     python experiments/gae_vs_peers.py --only mujoco-speed --seeds 1 2 3 4 5
 
-About half an hour on two idle cores for "cartpole", two hours for "mujoco" and as long as the first
-for "mujoco-speed"; without `--only` all parts run.
+About half an hour on two idle cores for "cartpole", as long for "mujoco-speed", and two hours for "mujoco"; without
+`--only` all parts run.
 `--seeds 21 --speed-steps 20000 --budget 20000 --mujoco-steps 4096` is a trial of two minutes.
 
 "cartpole": `gae.py` and TRPO run with their defaults and 8 environments; TRPO gathers 2,048 steps of each environment
